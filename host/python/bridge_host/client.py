@@ -1,0 +1,359 @@
+"""The lean client of one kernel: three sockets, one comm, no threads. It carries messages and knows none of them.
+
+It subscribes to its own comm only, so that it never sees (nor parses) what other clients cause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import uuid
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+import msgspec
+import zmq
+from bridge_kernel._version import __version__
+from bridge_kernel.contract.errors import BridgeError, InternalError, KernelDied, KernelStartFailed, exception_from
+from bridge_kernel.contract.frames import (
+    FrameCodec,
+    Header,
+    MalformedFrames,
+    comm_close,
+    comm_content,
+    comm_message,
+    comm_open,
+    receive,
+)
+from bridge_kernel.contract.messages import (
+    COMM_TARGET,
+    PROTOCOL_VERSION,
+    Failure,
+    Notification,
+    Request,
+    Success,
+    decode_message,
+    encode_failure,
+    encode_notification,
+    encode_request,
+    encode_success,
+)
+from bridge_kernel.contract.methods import Attach, Attached, HostIdentity
+from bridge_kernel.contract.telemetry import TELEMETRY_MIME, EventBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bridge_kernel.contract.errors import ErrorObject
+    from bridge_kernel.contract.frames import Buffer, Envelope
+
+__all__ = ("ConnectionInfo", "Display", "KernelClient", "Listener", "Reply", "StreamText")
+
+MAX_MESSAGE_BYTES: Final = 1 << 28
+COPY_LIMIT: Final = 1 << 16
+BURST: Final = 256  # messages read before the loop's other tasks get their turn
+
+_decode_header = msgspec.json.Decoder(Header).decode
+_decode_attached = msgspec.json.Decoder(Attached).decode
+
+
+class ConnectionInfo(msgspec.Struct, frozen=True):
+    """The part of a Jupyter connection file that a client needs."""
+
+    shell_port: int
+    iopub_port: int
+    control_port: int
+    ip: str
+    key: str
+    transport: str = "tcp"
+    curve_publickey: str | None = None
+
+    def url(self, port: int) -> str:
+        return f"{self.transport}://{self.ip}{':' if self.transport == 'tcp' else '-'}{port}"
+
+    def __repr__(self) -> str:
+        return f"ConnectionInfo({self.transport}://{self.ip}, key=***)"
+
+
+class Reply(NamedTuple):
+    """A command's result, its values not yet decoded."""
+
+    result: msgspec.Raw
+    buffers: Sequence[Buffer]
+
+
+class StreamText(msgspec.Struct, frozen=True):
+    """What a command printed: the content of a Jupyter `stream` message."""
+
+    name: str
+    text: str
+
+
+class Display(NamedTuple):
+    """The telemetry of one command, as its kernel displays it."""
+
+    batch: EventBatch
+    text: str
+    html: str
+    display_id: str
+
+
+class _DisplayContent(msgspec.Struct):
+    data: dict[str, msgspec.Raw]
+    transient: dict[str, Any] = {}
+
+
+_decode_stream = msgspec.json.Decoder(StreamText).decode
+_decode_display = msgspec.json.Decoder(_DisplayContent).decode
+_decode_batch = msgspec.json.Decoder(EventBatch).decode
+_decode_str = msgspec.json.Decoder(str).decode
+
+
+class Listener(Protocol):
+    """Who is told what a kernel sends by itself. Called on the loop; must not block."""
+
+    def on_callback(self, client: KernelClient, request: Request, buffers: Sequence[Buffer]) -> None: ...
+    def on_notification(self, client: KernelClient, message: Notification, buffers: Sequence[Buffer]) -> None: ...
+    def on_output(self, client: KernelClient, command: int | None, output: StreamText) -> None: ...
+    def on_display(self, client: KernelClient, display: Display) -> None: ...
+
+
+class KernelClient:
+    """One host's connection to one kernel. Belongs to one event loop."""
+
+    def __init__(self, info: ConnectionInfo, context: zmq.Context[zmq.Socket[bytes]], listener: Listener) -> None:
+        self._info = info
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._comm_id = uuid.uuid4().hex
+        self._codec = FrameCodec(info.key.encode(), session=uuid.uuid4().hex, max_bytes=MAX_MESSAGE_BYTES)
+        self._pending: dict[int, asyncio.Future[Reply]] = {}
+        self._ids = itertools.count(1)
+        self._welcome: asyncio.Future[None] = self._loop.create_future()
+        self._closed: BridgeError | None = None
+        self.dropped = 0
+        self.attached: Attached | None = None
+        self.sources: set[str] = set()
+        """Hashes of the functions' sources that this kernel was sent."""
+        self._shell = self._connect(context, zmq.DEALER, info.shell_port)
+        self._control = self._connect(context, zmq.DEALER, info.control_port)
+        self._iopub = self._connect(context, zmq.SUB, info.iopub_port)
+        self._fd = int(self._iopub.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._readable)
+
+    def _connect(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, port: int) -> zmq.Socket[bytes]:
+        socket = context.socket(kind)
+        socket.linger = 1000
+        socket.set_hwm(0)  # what is in flight is bounded by commands and credit, not by dropping
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        if self._info.curve_publickey:
+            public, secret = zmq.curve_keypair()
+            socket.curve_publickey, socket.curve_secretkey = public, secret
+            socket.curve_serverkey = self._info.curve_publickey.encode()
+        if kind == zmq.SUB:
+            socket.subscribe(f"comm-{self._comm_id}".encode())
+        socket.connect(self._info.url(port))
+        return socket
+
+    @property
+    def closed(self) -> BridgeError | None:
+        """Why the connection was closed: the very error that its commands failed with. None while it is open."""
+        return self._closed
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._pending)
+
+    # -- the handshake -----------------------------------------------------------
+
+    async def attach(self, session: str = "", *, timeout_s: float = 30.0) -> Attached:
+        """Open the comm. `session` is where the kernel's cells run.
+
+        Raises:
+            KernelStartFailed: no answer within `timeout_s`.
+            ProtocolMismatch: the kernel speaks another version.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                # Only once the kernel has welcomed our subscription can nothing be missed (JEP 65).
+                await self._welcome
+                identity = HostIdentity("bridge_host (Python)", __version__, os.getpid())
+                params = Attach(protocol=PROTOCOL_VERSION, host=identity, session=session)
+                id = next(self._ids)
+                future = self._expect(id)
+                self._send(
+                    self._shell,
+                    "comm_open",
+                    id,
+                    comm_open(self._comm_id, COMM_TARGET, encode_request(id, "bridge.attach", params)),
+                )
+                reply = await future
+        except TimeoutError:
+            raise KernelStartFailed(f"the kernel did not answer within {timeout_s:g} s") from None
+        try:
+            self.attached = _decode_attached(reply.result)
+        except msgspec.MsgspecError as exc:
+            raise InternalError(f"the kernel's answer to bridge.attach does not fit the contract: {exc}") from exc
+        return self.attached
+
+    # -- sending -----------------------------------------------------------------
+
+    def _send(
+        self, socket: zmq.Socket[bytes], msg_type: str, id: int, content: bytes, buffers: Sequence[Buffer] = ()
+    ) -> None:
+        header = self._codec.header(msg_type, f"{self._codec.session}_{id}", datetime.now(UTC).isoformat())
+        frames = self._codec.pack((), header, content, buffers=buffers)
+        small = not buffers or all(len(frame) < COPY_LIMIT for frame in buffers)
+        socket.send_multipart(frames, zmq.NOBLOCK, copy=small)
+
+    def _expect(self, id: int) -> asyncio.Future[Reply]:
+        if self._closed is not None:
+            raise self._closed
+        future = self._pending[id] = self._loop.create_future()
+        return future
+
+    def request(
+        self, method: str, params: msgspec.Struct, buffers: Sequence[Buffer] = ()
+    ) -> tuple[int, asyncio.Future[Reply]]:
+        """Send a command: its id and the future of its reply, which fails with the error that the kernel answers.
+
+        Raises:
+            BridgeError: the connection is closed, for the reason it gives.
+        """
+        id = next(self._ids)
+        future = self._expect(id)
+        content = comm_message(self._comm_id, encode_request(id, method, params))
+        self._send(self._shell, "comm_msg", id, content, buffers)
+        return id, future
+
+    def forget(self, id: int) -> None:
+        """Nobody waits for this reply any more; when it comes it is dropped."""
+        self._pending.pop(id, None)
+
+    def notify(self, method: str, params: msgspec.Struct, *, control: bool = False) -> None:
+        """Send a notification, past everything that waits on shell if `control`. Does nothing once closed."""
+        if self._closed is None:
+            content = comm_message(self._comm_id, encode_notification(method, params))
+            self._send(self._control if control else self._shell, "comm_msg", next(self._ids), content)
+
+    def answer(self, id: int | str, result: msgspec.Struct, buffers: Sequence[Buffer] = ()) -> None:
+        """Answer a callback. Does nothing once closed: the kernel that asked is gone."""
+        if self._closed is None:
+            content = comm_message(self._comm_id, encode_success(id, result))
+            self._send(self._shell, "comm_msg", next(self._ids), content, buffers)
+
+    def refuse(self, id: int | str, error: ErrorObject) -> None:
+        """Answer a callback with an error."""
+        if self._closed is None:
+            content = comm_message(self._comm_id, encode_failure(id, error))
+            self._send(self._shell, "comm_msg", next(self._ids), content)
+
+    def shut_down(self) -> None:
+        """Ask the kernel process to end."""
+        if self._closed is None:
+            self._send(self._control, "shutdown_request", next(self._ids), b'{"restart":false}')
+
+    # -- receiving ---------------------------------------------------------------
+
+    def _readable(self) -> None:
+        # ZMQ's descriptor is edge-triggered: read until there is nothing, or come back by ourselves.
+        for _ in range(BURST):
+            if self._closed is not None:
+                return
+            try:
+                frames = receive(self._iopub, zmq.NOBLOCK, zmq.RCVMORE)
+            except zmq.Again:
+                return
+            try:
+                self._on_frames(frames)
+            except (MalformedFrames, BridgeError, msgspec.MsgspecError):
+                self.dropped += 1
+        self._loop.call_soon(self._readable)
+
+    def _on_frames(self, frames: Sequence[Buffer]) -> None:
+        envelope = self._codec.unpack(frames)
+        kind = envelope.header.msg_type
+        if kind == "comm_msg":
+            self._on_comm(envelope)
+        elif kind == "stream":
+            self._listener.on_output(self, self._command_of(envelope), _decode_stream(envelope.content))
+        elif kind in ("display_data", "update_display_data"):
+            self._on_display(envelope)
+        elif kind == "iopub_welcome":
+            if not self._welcome.done():
+                self._welcome.set_result(None)
+        elif kind == "comm_close":
+            self.close(KernelDied("the kernel closed the connection"))
+
+    def _command_of(self, envelope: Envelope) -> int | None:
+        """The id of the command whose message is this one's parent: our msg_ids end in it."""
+        session, _, id = _decode_header(envelope.parent).msg_id.rpartition("_")
+        return int(id) if session == self._codec.session and id.isdigit() else None
+
+    def _on_display(self, envelope: Envelope) -> None:
+        content = _decode_display(envelope.content)
+        data = content.data
+        if TELEMETRY_MIME in data:
+            text = _decode_str(data["text/plain"]) if "text/plain" in data else ""
+            html = _decode_str(data["text/html"]) if "text/html" in data else ""
+            batch = _decode_batch(data[TELEMETRY_MIME])
+            display = Display(batch, text, html, str(content.transient.get("display_id", "")))
+            self._listener.on_display(self, display)
+
+    def _on_comm(self, envelope: Envelope) -> None:
+        comm = comm_content(envelope.content)
+        if comm.comm_id != self._comm_id:
+            self.dropped += 1
+            return
+        message = decode_message(comm.data)
+        if isinstance(message, Request):
+            self._listener.on_callback(self, message, envelope.buffers)
+        elif isinstance(message, Notification):
+            self._listener.on_notification(self, message, envelope.buffers)
+        else:
+            future = self._pending.pop(message.id, None) if isinstance(message.id, int) else None
+            if future is None or future.done():
+                self.dropped += 1  # late: whoever waited has gone
+            elif isinstance(message, Success):
+                future.set_result(Reply(message.result, envelope.buffers))
+            else:
+                assert isinstance(message, Failure)
+                future.set_exception(exception_from(message.error))
+
+    # -- the end -----------------------------------------------------------------
+
+    def close(self, reason: BridgeError, *, polite: bool = False) -> None:
+        """Close the sockets; every command in flight fails with `reason`. `polite` tells the kernel."""
+        if self._closed is not None:
+            return
+        if polite:
+            self._send(self._shell, "comm_close", next(self._ids), comm_close(self._comm_id))
+        self._closed = reason
+        self._loop.remove_reader(self._fd)
+        pending, self._pending = self._pending, {}
+        for future in pending.values():
+            if not future.done():
+                future.set_exception(reason)
+                future.exception()  # seen: a command that nobody awaits any more is no error of ours
+        if not self._welcome.done():
+            self._welcome.cancel()
+        for socket in (self._shell, self._control, self._iopub):
+            socket.close(linger=1000 if polite else 0)
+
+    @staticmethod
+    def read_connection_file(content: bytes) -> ConnectionInfo:
+        """Parse a Jupyter connection file.
+
+        Raises:
+            KernelStartFailed: it is not one, or names no key.
+        """
+        try:
+            info = msgspec.json.decode(content, type=ConnectionInfo)
+        except msgspec.MsgspecError as exc:
+            raise KernelStartFailed(f"not a Jupyter connection file: {exc}") from exc
+        if not info.key:
+            raise KernelStartFailed("the connection file has no key: Bridge takes signed messages only")
+        return info
+
+

@@ -1,0 +1,148 @@
+"""One kernel process: started through jupyter_client, watched, ended with everything it started."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from bridge_kernel.contract.errors import KernelStartFailed
+from jupyter_client.manager import AsyncKernelManager
+
+from .client import KernelClient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from .client import ConnectionInfo
+
+__all__ = ("KernelProcess", "RuntimeDirectory")
+
+POLL_S: Final = 0.05  # where there is no pidfd
+SHUTDOWN_S: Final = 3.0
+LOG_TAIL: Final = 4000  # characters of a dead kernel's log that go into its error
+
+
+class RuntimeDirectory:
+    """A private directory for connection files, IPC sockets and logs; removed when it is closed."""
+
+    def __init__(self) -> None:
+        # Short on purpose: the path of a Unix socket has room for 107 bytes.
+        self._directory = tempfile.TemporaryDirectory(prefix="bridge-", ignore_cleanup_errors=True)
+        self.path = Path(self._directory.name)  # made with mode 0700
+
+    def close(self) -> None:
+        self._directory.cleanup()
+
+
+class KernelProcess:
+    """A kernel of ours, from its start to its end. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        directory: RuntimeDirectory,
+        number: int,
+        *,
+        kernel_name: str,
+        arguments: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        base = directory.path / f"kernel-{number}"
+        self._log_path = base.with_suffix(".log")
+        self._arguments = list(arguments)
+        self._env = {**os.environ, **(env or {})}
+        settings: dict[str, Any] = {"kernel_name": kernel_name, "connection_file": str(base.with_suffix(".json"))}
+        if sys.platform != "win32" and len(f"{base}-5") < 100:
+            # IPC: no ports to collide, and the directory's mode keeps everyone else out.
+            settings |= {"transport": "ipc", "ip": str(base)}
+        self._manager = AsyncKernelManager(**settings)
+        self._loop = asyncio.get_running_loop()
+        self._exited = asyncio.Event()
+        self._watch_fd: int | None = None
+        self._watch_task: asyncio.Task[None] | None = None
+        self.pid = 0
+        self.exit_code: int | None = None
+
+    async def start(self, on_exit: Callable[[], None]) -> ConnectionInfo:
+        """Launch the process; `on_exit` is called on the loop as soon as it has ended, whatever ended it.
+
+        Raises:
+            KernelStartFailed: the kernelspec is missing or the process could not be launched.
+        """
+        try:
+            with open(self._log_path, "wb") as log:
+                await self._manager.start_kernel(
+                    extra_arguments=self._arguments, env=self._env, stdout=log, stderr=log
+                )
+        except Exception as exc:  # noqa: BLE001 - provisioners raise whatever they like; all of it means this
+            raise KernelStartFailed(f"the kernel could not be launched: {type(exc).__name__}: {exc}") from exc
+        provisioner: Any = self._manager.provisioner
+        self.pid = provisioner.pid
+        self._watch(provisioner, on_exit)
+        return KernelClient.read_connection_file(Path(self._manager.connection_file).read_bytes())
+
+    def _watch(self, provisioner: Any, on_exit: Callable[[], None]) -> None:
+        def exited() -> None:
+            if self._watch_fd is not None:
+                self._loop.remove_reader(self._watch_fd)
+                os.close(self._watch_fd)
+                self._watch_fd = None
+            # Before it is reaped: until then its process group's id cannot come to mean another group.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+            process = provisioner.process
+            self.exit_code = process.poll() if process is not None else None
+            self._exited.set()
+            on_exit()
+
+        if hasattr(os, "pidfd_open"):
+            self._watch_fd = os.pidfd_open(self.pid)
+            self._loop.add_reader(self._watch_fd, exited)
+            return
+
+        async def poll() -> None:
+            while await provisioner.poll() is None:
+                await asyncio.sleep(POLL_S)
+            exited()
+
+        self._watch_task = self._loop.create_task(poll())
+
+    @property
+    def alive(self) -> bool:
+        return self.pid != 0 and not self._exited.is_set()
+
+    async def wait(self) -> None:
+        """Until the process has ended."""
+        await self._exited.wait()
+
+    @property
+    def connection_file(self) -> str:
+        return str(self._manager.connection_file)
+
+    def log_tail(self) -> str:
+        """The end of what the process wrote to its own stdout and stderr: a crash's last words."""
+        with contextlib.suppress(OSError):
+            return self._log_path.read_text(errors="replace")[-LOG_TAIL:].strip()
+        return ""
+
+    async def stop(self) -> None:
+        """Wait for the process to end, kill it if it does not, remove its files. What it started ended with it."""
+        if self.pid:
+            try:
+                async with asyncio.timeout(SHUTDOWN_S):
+                    await self._exited.wait()
+            except TimeoutError:
+                self.kill()
+                await self._exited.wait()
+        await self._manager.cleanup_resources()
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Signal the kernel's whole process group; does nothing once it has ended."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signum)

@@ -1,0 +1,254 @@
+"""`Host`, `Session` and `Instance`: the plain face of a host, for notebooks and scripts. Its loop has its own thread."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Self
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from bridge_kernel.contract.errors import BridgeError
+from bridge_kernel.contract.values import Ref
+
+from . import current
+from .engine import CURRENT
+from .host import AsyncHost
+from .session import AsyncInstance, AsyncSession, InstanceBase, SessionBase
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+
+    from bridge_kernel.contract.methods import Inspected, Stats
+    from bridge_kernel.contract.values import Tag
+
+    from .engine import Output
+    from .pool import KernelStatus
+    from .session import AsyncStream
+    from .store import SessionState
+    from .telemetry import Telemetry
+
+__all__ = ("Host", "Instance", "Session", "Stream")
+
+
+class _SyncHost(AsyncHost):
+    """An `AsyncHost` whose instances are the plain ones."""
+
+    face: Host
+
+    def _hook(self, session: SessionState, tag: Tag) -> object:
+        found = super()._hook(session, tag)
+        if isinstance(found, AsyncInstance):
+            assert isinstance(tag, Ref)
+            return Instance(self.face.session(session.id), tag.id)
+        return found
+
+
+class Host:
+    """Owns sessions, and kernels to run their commands on: `with Host(kernels=2) as host`, or `host = Host()`.
+
+    Works inside a running event loop too (a notebook's): the host's own loop runs in a thread of its own.
+    Its kernels end with `close()`, at the latest with this process.
+    """
+
+    def __init__(
+        self,
+        kernels: int = 1,
+        *,
+        kernel_name: str = "bridge",
+        arguments: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[Output], object] | None = None,
+    ) -> None:
+        """Start the kernels and wait until they are ready; the parameters are `AsyncHost`'s.
+
+        Raises:
+            KernelStartFailed: and nothing is left behind.
+        """
+        self._host = _SyncHost(kernels, kernel_name=kernel_name, arguments=arguments, env=env, on_output=on_output)
+        self._host.face = self
+        stack = contextlib.ExitStack()
+        self._portal: BlockingPortal = stack.enter_context(start_blocking_portal("asyncio", name="bridge-host"))
+        try:
+            stack.enter_context(self._portal.wrap_async_context_manager(self._host))
+        except BaseException:
+            stack.close()
+            raise
+        # A notebook's host is often never closed: end it with the interpreter, before its threads are gone.
+        self._finalizer = weakref.finalize(self, _close, stack, self._host)
+        current.opened(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the kernels and everything that runs in them. Closing twice does nothing."""
+        current.closed(self)
+        self._finalizer()
+
+    @property
+    def telemetry(self) -> Telemetry:
+        return self._host.telemetry
+
+    def session(self, id: str | None = None) -> Session:
+        """The session of that id, made if there is none; a new one without an id."""
+        return Session(self._host._sessions.open(id), self._host.engine, self)
+
+    def sessions(self) -> list[str]:
+        return self._host.sessions()
+
+    def delete_session(self, id: str) -> None:
+        """Forget a session and all it owns. Raises `NotFound`."""
+        self._host.delete_session(id)
+
+    def kernels(self) -> list[KernelStatus]:
+        """Each kernel: id, pid, state, commands in flight and completed."""
+        return self._host.kernels()
+
+    def attach(self, connection_file: str, session: str = "") -> None:
+        """Use a kernel that somebody else started; its cells (`execute_request`) run in `session`."""
+        self._run(self._host.attach, connection_file, session)
+
+    def stats(self) -> dict[str, Stats]:
+        """What each kernel uses and has done, by kernel id."""
+        return self._run(self._host.stats)
+
+    def _run(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        """Run on the host's loop and wait. Ctrl-C cancels it, in the kernel too."""
+        self._host.engine  # closed: a clear error, not the portal's
+        future = self._portal.start_task_soon(function, *args)
+        try:
+            return future.result()
+        except BridgeError as exc:
+            # The loop's own frames say nothing to who called; the kernel's traceback is the error's note.
+            raise exc.with_traceback(None) from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def __repr__(self) -> str:
+        return repr(self._host).replace("AsyncHost", "Host")
+
+
+def _close(stack: contextlib.ExitStack, host: AsyncHost) -> None:
+    stack.close()
+
+
+class Session(SessionBase):
+    """A session: variables, tools, functions and instances that the host owns; kernels borrow them for a command."""
+
+    def __init__(self, state: SessionState, engine: Any, host: Host) -> None:
+        super().__init__(state, engine)
+        self._host = host
+        self._async = AsyncSession(state, engine)
+
+    def call(
+        self, name: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any
+    ) -> Any:
+        """Call one of the session's functions, or one importable in the kernel: `call("math.hypot", 3, 4)`.
+
+        `deadline` in seconds, callbacks included; `retries`: how often it may run again if its kernel dies.
+
+        Raises:
+            RemoteError: what the function raised, with the kernel's traceback.
+            DeadlineExceeded, KernelDied, NotSerializable, NotFound, PolicyDenied: as they say.
+        """
+        return self._host._run(self._async._call, name, args, kwargs, deadline, retries, CURRENT.get())
+
+    def submit(
+        self, name: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any
+    ) -> Future[Any]:
+        """As `call`, without waiting: a `concurrent.futures.Future`, whose `cancel()` cancels it in the kernel."""
+        self._host._host.engine
+        return self._host._portal.start_task_soon(
+            self._async._call, name, args, kwargs, deadline, retries, CURRENT.get()
+        )
+
+    def stream(self, name: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> Stream:
+        """Run a generator and iterate over what it yields. Leaving the loop early stops it."""
+        run, parent = self._host._run, CURRENT.get()
+
+        async def start() -> AsyncStream[Any]:
+            return self._async._stream(name, args, kwargs, deadline, parent)
+
+        return Stream(run(start), run)
+
+    def create(self, cls: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> Instance:
+        """Make an object in a kernel and keep it here: as its recipe, and the state it has.
+
+        Raises as `call` does; nothing is kept then.
+        """
+        return Instance(self, self._host._run(self._async._create, cls, args, kwargs, deadline, CURRENT.get()))
+
+    def inspect(self, target: Any, /, *, deadline: float | None = None) -> Inspected:
+        """Describe a dotted name, a function of the session's, or an instance: signature, documentation, members."""
+        inspected: Inspected = self._host._run(self._async._inspect, target, deadline, CURRENT.get())
+        return inspected
+
+    def instance(self, ref: str) -> Instance:
+        """The instance of that ref. Raises `NotFound`."""
+        self._state.instance(ref)
+        return Instance(self, ref)
+
+    @property
+    def instances(self) -> dict[str, Instance]:
+        """The session's instances by ref."""
+        return {ref: Instance(self, ref) for ref in list(self._state.instances)}
+
+
+class Instance(InstanceBase):
+    """`instance(…)` and `instance.method(…)` run in a kernel, on the state that the host holds."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call("__call__", args, kwargs, None, 0)
+
+    def call(self, method: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any) -> Any:
+        """Call a method, with a deadline (seconds) and retries. Raises `Conflict` if it changed meanwhile."""
+        return self._call(method, args, kwargs, deadline, retries)
+
+    def _call(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None, retries: int
+    ) -> Any:
+        session: Session = self._session
+        return session._host._run(
+            session._async._call_method, self._ref, method, args, kwargs, deadline, retries, CURRENT.get()
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return self._call(name, args, kwargs, None, 0)
+
+        method.__name__ = name
+        return method
+
+
+class Stream:
+    """What a generator in a kernel yields, as it comes. `result` is what it returned, once it has ended."""
+
+    def __init__(self, stream: AsyncStream[Any], run: Callable[..., Any]) -> None:
+        self._stream = stream
+        self._run = run
+
+    @property
+    def result(self) -> Any:
+        return self._stream.result
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            while True:
+                try:
+                    yield self._run(self._stream.__anext__)
+                except StopAsyncIteration:
+                    return
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the generator in the kernel."""
+        self._run(self._stream.aclose)

@@ -1,0 +1,103 @@
+"""Values as the host holds them: kept encoded, so that nobody changes them by accident, and decoded when read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+from bridge_kernel.contract.errors import BridgeError, MalformedValue
+from bridge_kernel.contract.values import Decoder, Encoder, Tag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from bridge_kernel.contract.frames import Buffer
+
+__all__ = ("HasTag", "Stored", "ValueReader", "ValueWriter", "store", "store_tree")
+
+
+class HasTag(Protocol):
+    """What stands for something on the wire: an instance for its ref, a tool for itself."""
+
+    @property
+    def __bridge_tag__(self) -> Tag: ...
+
+
+def _as_tag(value: object) -> Tag | None:
+    # Looked up on the class: an instance's proxy answers to any name.
+    found = getattr(type(value), "__bridge_tag__", None)
+    return value.__bridge_tag__ if found is not None else None  # type: ignore[attr-defined, no-any-return]
+
+
+class ValueWriter:
+    """Writes the values of one message; their buffers accumulate."""
+
+    def __init__(self) -> None:
+        self._encoder = Encoder(default=_as_tag)
+
+    @property
+    def buffers(self) -> Sequence[Buffer]:
+        return self._encoder.buffers
+
+    def write(self, value: Any, root: str) -> Any:
+        """The JSON-able tree; raises `NotSerializable`, whose path begins with `root`."""
+        return self._encoder.encode(value, root)
+
+    def write_all(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call."""
+        return (
+            tuple(self.write(value, f"args[{i}]") for i, value in enumerate(args)),
+            {name: self.write(value, name) for name, value in kwargs.items()},
+        )
+
+
+class ValueReader:
+    """Reads the values of one message. `hook` says what a ref or a tool becomes; without one they stay tags."""
+
+    def __init__(self, buffers: Sequence[Buffer], hook: Callable[[Tag], object] | None = None) -> None:
+        self._decoder = Decoder(buffers, hook=hook)
+
+    def read(self, tree: Any, root: str) -> Any:
+        return self._decoder.decode(tree, root)
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A value at rest: its JSON and its buffers, copied, so that it is nobody else's."""
+
+    json: msgspec.Raw
+    buffers: tuple[bytes, ...]
+    type: str
+
+    @property
+    def size(self) -> int:
+        return len(self.json) + sum(map(len, self.buffers))
+
+    def tree(self) -> Any:
+        return msgspec.json.decode(self.json)
+
+    def read(self, root: str, hook: Callable[[Tag], object] | None = None) -> Any:
+        """The value, made anew: changing it changes nothing here."""
+        return ValueReader(self.buffers, hook).read(self.tree(), root)
+
+
+def store(value: Any, root: str) -> Stored:
+    """Put a value of the host's at rest. Raises `NotSerializable`."""
+    writer = ValueWriter()
+    tree = writer.write(value, root)
+    return Stored(msgspec.Raw(msgspec.json.encode(tree)), tuple(map(bytes, writer.buffers)), type(value).__name__)
+
+
+def store_tree(tree: Any, buffers: Sequence[Buffer], root: str) -> Stored:
+    """Put at rest what a kernel sent, once it has proved to be a value.
+
+    Raises:
+        MalformedValue: it is none.
+    """
+    try:
+        value = ValueReader(buffers).read(tree, root)
+    except BridgeError:
+        raise
+    except (ValueError, TypeError, RecursionError) as exc:
+        raise MalformedValue(f"{root}: {exc}") from exc
+    # Written anew: the message's buffers hold other values too, and their numbers are the message's.
+    return store(value, root)

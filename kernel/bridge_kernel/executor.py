@@ -1,0 +1,86 @@
+"""Where commands' code runs: worker threads for synchronous code, one event loop for asynchronous code."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from contextvars import Context
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+__all__ = ("CommandStopped", "Executor")
+
+IDLE_S = 30.0  # an idle worker thread ends after this long
+
+
+class CommandStopped(BaseException):
+    """Raised inside the code of a command that was cancelled or ran out of time.
+
+    A BaseException, as `asyncio.CancelledError` is: `except Exception` must not hold on to a dead command.
+    """
+
+
+class Executor:
+    """Threads made when there is work and none is idle; how many there may be is the lane's limit on commands.
+
+    A command that waits for a callback keeps its thread. A fixed pool would deadlock as soon as as many
+    commands wait for tools that themselves send commands here.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` on a worker thread; it must not raise."""
+        with self._lock:
+            if self._idle > 0:
+                self._idle -= 1  # this job takes it
+                spawn = False
+            else:
+                spawn = True
+        if spawn:
+            threading.Thread(target=self._work, args=(job,), name="bridge-worker", daemon=True).start()
+        else:
+            self._jobs.put(job)
+
+    def _work(self, job: Callable[[], None]) -> None:
+        while True:
+            job()
+            del job  # or its command would live on until the next one comes
+            with self._lock:
+                self._idle += 1
+            try:
+                job = self._jobs.get(timeout=IDLE_S)
+            except queue.Empty:
+                with self._lock:
+                    if self._idle > 0:
+                        self._idle -= 1
+                        return
+                job = self._jobs.get()  # one was promised to this thread meanwhile
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], context: Context, started: Callable[[Any], None]) -> None:
+        """Run `coroutine`, which must not raise, as a task of the loop; `started(task)` is called there first."""
+        loop = self._event_loop()
+
+        def start() -> None:
+            # The command holds its task, and the lane holds the command: the task has an owner.
+            started(loop.create_task(coroutine, context=context))
+
+        loop.call_soon_threadsafe(start)
+
+    def call_soon(self, function: Callable[..., object], *args: object) -> None:
+        self._event_loop().call_soon_threadsafe(function, *args)
+
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                thread = threading.Thread(target=self._loop.run_forever, name="bridge-loop", daemon=True)
+                Context().run(thread.start)  # it must not take after the command that happens to come first
+            return self._loop

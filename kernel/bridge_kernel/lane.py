@@ -1,0 +1,415 @@
+"""The lane: one I/O thread that owns the shell and control sockets and serves `bridge.v1` without ipykernel.
+
+It never runs a command's code and never waits, so callbacks' replies, further commands, cancel and interrupt
+are all served while commands run. What is not Bridge's goes on to the cells (`kernel.BridgeKernel`) as it came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import logging
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+import zmq
+
+from .command import RunningCommand
+from .commands import HANDLERS, subject
+from .connection import Connection
+from .contract.errors import (
+    BridgeError,
+    Cancelled,
+    Draining,
+    InvalidParams,
+    InvalidRequest,
+    MethodNotFound,
+    Overloaded,
+    ProtocolMismatch,
+    error_object,
+)
+from .contract.frames import MalformedFrames, comm_close, comm_content, receive
+from .contract.messages import (
+    COMM_TARGET,
+    PROTOCOL_VERSION,
+    Failure,
+    Notification,
+    Request,
+    Success,
+    decode_message,
+)
+from .contract.methods import COMMANDS, NOTIFICATIONS, Attach, Cancel, Drained, GiveCredit, Pong
+from .info import kernel_info
+from .sockets import send
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .contract.frames import Envelope
+    from .contract.methods import Command, Method
+    from .lifetime import Parent
+    from .runtime import Runtime
+    from .sockets import Iopub, Publisher, Sockets
+
+__all__ = ("Lane",)
+
+TICK_S: Final = 0.1  # how often running commands' output and telemetry are shown
+COMMS: Final = ("comm_open", "comm_msg", "comm_close")
+
+_decoders: Final = {
+    m.name: msgspec.json.Decoder(m.params) for m in (*COMMANDS.values(), *NOTIFICATIONS.values()) if m.side == "host"
+}
+_encode = msgspec.json.Encoder().encode
+
+
+class _Shutdown(msgspec.Struct, frozen=True):
+    restart: bool = False
+
+
+_decode_shutdown = msgspec.json.Decoder(_Shutdown).decode
+log = logging.getLogger(__name__)
+
+
+class Lane:
+    """Everything here runs on the one thread that calls `run`, `interrupt_cells` and `want_cells` excepted."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        sockets: Sockets,
+        parent: Parent | None,
+        *,
+        cells_shell: zmq.Socket[bytes],
+        cells_control: zmq.Socket[bytes],
+        want_cells: Callable[[], None],
+        interrupt_cells: Callable[[], None],
+        on_shutdown: Callable[[], None],
+        on_parent_death: Callable[[], None],
+    ) -> None:
+        """`cells_*` are inproc PAIRs to the cells; `want_cells` wakes the main thread, which serves them."""
+        self._runtime = runtime
+        self._sockets = sockets
+        self._parent = parent
+        self._cells_shell = cells_shell
+        self._cells_control = cells_control
+        self._want_cells = want_cells
+        self._interrupt_cells = interrupt_cells
+        self._on_shutdown = on_shutdown
+        self._on_parent_death = on_parent_death
+        self._connections: dict[str, Connection] = {}
+        self._deadlines: list[tuple[float, int, RunningCommand]] = []
+        self._order = itertools.count()
+        self._cells_started = False
+        self._stopping = False
+
+    @property
+    def connections(self) -> list[Connection]:
+        """The attached hosts, the latest last. Any thread."""
+        return list(self._connections.values())
+
+    @property
+    def outlets(self) -> tuple[Publisher, Iopub]:
+        """What a cell publishes with. Any thread."""
+        return self._sockets.publisher, self._sockets.iopub
+
+    # -- the loop ----------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until a shutdown is asked for or the parent is gone."""
+        poller = zmq.Poller()
+        sockets = self._sockets
+        incoming = [
+            # Control first: cancel and interrupt pass what waits on shell.
+            (sockets.control, self._on_control),
+            (sockets.shell, self._on_shell),
+        ]
+        outgoing = [(self._cells_shell, sockets.shell), (self._cells_control, sockets.control)]
+        for socket, _ in (*incoming, *outgoing):
+            poller.register(socket, zmq.POLLIN)
+        poller.register(sockets.iopub.fd, zmq.POLLIN)
+        if self._parent is not None and self._parent.fd is not None:
+            poller.register(self._parent.fd, zmq.POLLIN)
+        next_tick = 0.0
+        while not self._stopping:
+            now = time.monotonic()
+            due = self._deadlines[0][0] - now if self._deadlines else TICK_S
+            events = dict(poller.poll(max(0.0, min(due, TICK_S)) * 1000))
+            for socket, handle in incoming:
+                if socket in events:
+                    self._drain(socket, handle)
+            for source, target in outgoing:
+                if source in events:
+                    with contextlib.suppress(zmq.Again):
+                        while True:
+                            send(target, source.recv_multipart(zmq.NOBLOCK))
+            for topic in sockets.iopub.subscriptions():
+                self._unsubscribed(topic)
+            if self._parent is not None and self._parent.fd in events:
+                self._on_parent_death()
+                return
+            now = time.monotonic()
+            self._expire(now)
+            if now >= next_tick:
+                next_tick = now + TICK_S
+                for command in self._runtime.active:
+                    command.refresh()
+
+    def _drain(self, socket: zmq.Socket[bytes], handle: Callable[[Envelope], None]) -> None:
+        # At most so many at a time: a flood on one socket must not keep the other, or deadlines, waiting.
+        for _ in range(64):
+            try:
+                frames = receive(socket, zmq.NOBLOCK, zmq.RCVMORE)
+            except zmq.Again:
+                return
+            try:
+                handle(self._sockets.codec.unpack(frames))
+            except MalformedFrames as exc:
+                self._drop("malformed", str(exc))
+
+    def _drop(self, reason: str, what: str) -> None:
+        self._runtime.dropped[reason] += 1
+        log.debug("dropped a message (%s): %s", reason, what)
+
+    def _watch_deadline(self, deadline: float, command: RunningCommand) -> None:
+        if len(self._deadlines) > 64 + 2 * self._runtime.busy:
+            # Commands that ended long before their deadline: let them go.
+            self._deadlines = [entry for entry in self._deadlines if not entry[2].answered]
+            heapq.heapify(self._deadlines)
+        heapq.heappush(self._deadlines, (deadline, next(self._order), command))
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            heapq.heappop(self._deadlines)[2].expire()
+
+    # -- Jupyter messages --------------------------------------------------------
+
+    def _on_shell(self, envelope: Envelope) -> None:
+        kind = envelope.header.msg_type
+        if kind in COMMS and self._on_comm(envelope):
+            return
+        if kind == "kernel_info_request":
+            self._answer(self._sockets.shell, envelope, "kernel_info_reply", kernel_info())
+        elif kind == "comm_info_request" and not self._cells_started:
+            content = _encode({"status": "ok", "comms": self.comms()})
+            self._answer(self._sockets.shell, envelope, "comm_info_reply", content)
+        elif kind == "shutdown_request":
+            self._shut_down(self._sockets.shell, envelope)
+        elif kind == "comm_msg" and not self._cells_started:
+            self._drop("unknown", "a comm_msg of a comm that is not open")
+        else:
+            self._to_cells(self._cells_shell, envelope)
+
+    def _on_control(self, envelope: Envelope) -> None:
+        kind = envelope.header.msg_type
+        if kind in COMMS and self._on_comm(envelope):
+            return
+        if kind == "kernel_info_request":
+            self._answer(self._sockets.control, envelope, "kernel_info_reply", kernel_info())
+        elif kind == "shutdown_request":
+            self._shut_down(self._sockets.control, envelope)
+        elif kind == "interrupt_request":
+            self.interrupt()
+            self._answer(self._sockets.control, envelope, "interrupt_reply", b'{"status":"ok"}')
+        elif kind in COMMS:
+            self._drop("unknown", f"a {kind} on control for no comm of ours")
+        else:
+            self._to_cells(self._cells_control, envelope)
+
+    def _answer(self, socket: zmq.Socket[bytes], envelope: Envelope, msg_type: str, content: bytes) -> None:
+        self.status("busy", envelope.raw_header)
+        frames = self._sockets.publisher.frames(envelope.identities, msg_type, content, parent=envelope.raw_header)
+        send(socket, frames)
+        self.status("idle", envelope.raw_header)
+
+    def status(self, state: str, parent: bytes = b"{}") -> None:
+        """Publish the kernel's execution state."""
+        content = b'{"execution_state":"%b"}' % state.encode()
+        self._sockets.iopub.send(self._sockets.publisher.frames([b"status"], "status", content, parent=parent))
+
+    def _to_cells(self, pair: zmq.Socket[bytes], envelope: Envelope) -> None:
+        if not self._cells_started:
+            self._cells_started = True
+            self._want_cells()
+        # Signed anew with our own key: ipykernel's Session verifies it once more, with a replay memory of its own.
+        codec = self._sockets.codec
+        send(
+            pair,
+            codec.pack(
+                envelope.identities,
+                envelope.raw_header,
+                envelope.content,
+                parent=envelope.parent,
+                metadata=envelope.metadata,
+                buffers=envelope.buffers,
+            ),
+        )
+
+    def _shut_down(self, socket: zmq.Socket[bytes], envelope: Envelope) -> None:
+        try:
+            restart = _decode_shutdown(envelope.content).restart
+        except (msgspec.MsgspecError, RecursionError) as exc:
+            raise MalformedFrames(f"shutdown_request: {exc}") from exc
+        for connection in self.connections:
+            connection.close("the kernel is shutting down")
+        self._answer(socket, envelope, "shutdown_reply", _encode({"status": "ok", "restart": restart}))
+        self._stopping = True
+        self._on_shutdown()
+
+    def interrupt(self) -> None:
+        """Stop whatever runs: commands and the cell."""
+        for command in self._runtime.active:
+            command.stop(Cancelled("the kernel was interrupted"))
+        self._interrupt_cells()
+
+    def comms(self) -> dict[str, dict[str, str]]:
+        """The open comms of ours, as `comm_info_reply` lists them."""
+        return {comm_id: {"target_name": COMM_TARGET} for comm_id in list(self._connections)}
+
+    # -- comms -------------------------------------------------------------------
+
+    def _on_comm(self, envelope: Envelope) -> bool:
+        """Serve a comm message if it is ours; False leaves it to the cells."""
+        message = comm_content(envelope.content)
+        connection = self._connections.get(message.comm_id)
+        kind = envelope.header.msg_type
+        if connection is None:
+            if kind == "comm_open" and message.target_name.startswith("bridge."):
+                self._attach(envelope, message.comm_id, message.target_name, message.data)
+                return True
+            return False
+        if kind == "comm_close":
+            self._detach(connection, "the host closed its comm")
+        elif kind == "comm_open":
+            self._drop("unknown", "a comm that is open already")
+        else:
+            self._on_message(connection, envelope, message.data)
+        return True
+
+    def _attach(self, envelope: Envelope, comm_id: str, target: str, data: msgspec.Raw) -> None:
+        if not 1 <= len(comm_id) <= 128 or not comm_id.isascii() or not comm_id.isprintable():
+            self._drop("malformed", "comm_id")
+            return
+        connection = Connection(comm_id, self._sockets.iopub, self._sockets.publisher)
+        id: int | str | None = None
+        try:
+            request = decode_message(data)
+            if not isinstance(request, Request) or request.method != "bridge.attach":
+                raise InvalidRequest("the data of comm_open must be a bridge.attach request")
+            id = request.id
+            params = self._params(COMMANDS["bridge.attach"], request.params)
+            assert isinstance(params, Attach)
+            if target != COMM_TARGET or params.protocol[0] != PROTOCOL_VERSION[0]:
+                ours, theirs = (".".join(map(str, version)) for version in (PROTOCOL_VERSION, params.protocol))
+                raise ProtocolMismatch(f"the host speaks protocol {theirs} ({target}), this kernel {ours} ({COMM_TARGET})")
+            if len(self._connections) >= self._runtime.policy.max_connections:
+                raise Overloaded(f"{len(self._connections)} hosts are attached, as many as this kernel takes")
+        except BridgeError as exc:
+            connection.publish(connection.failure(id, error_object(exc)), parent=envelope.raw_header)
+            frames = self._sockets.publisher.frames([connection.topic], "comm_close", comm_close(comm_id))
+            self._sockets.iopub.send(frames)
+            return
+        connection.host = params.host
+        connection.session = params.session
+        self._connections[comm_id] = connection
+        self._runtime.connections = len(self._connections)
+        connection.publish(connection.success(request.id, self._runtime.describe()), parent=envelope.raw_header)
+
+    def _detach(self, connection: Connection, why: str) -> None:
+        self._connections.pop(connection.comm_id, None)
+        self._runtime.connections = len(self._connections)
+        connection.close(why)
+
+    def _unsubscribed(self, topic: bytes) -> None:
+        """Nobody listens to a comm any more: its host died or was cut off."""
+        connection = self._connections.get(topic.removeprefix(b"comm-").decode(errors="replace"))
+        if connection is not None and connection.topic == topic:
+            self._detach(connection, "the host stopped listening")
+
+    # -- JSON-RPC ----------------------------------------------------------------
+
+    def _params(self, method: Method, raw: msgspec.Raw) -> Any:
+        try:
+            return _decoders[method.name].decode(raw)
+        except (msgspec.MsgspecError, RecursionError) as exc:
+            raise InvalidParams(f"{method.name}: {exc}") from exc
+
+    def _on_message(self, connection: Connection, envelope: Envelope, data: msgspec.Raw) -> None:
+        size = len(envelope.content) + sum(map(len, envelope.buffers))
+        id: int | str | None = None
+        try:
+            message = decode_message(data)
+            if isinstance(message, Success | Failure):
+                command = connection.waiting(message.id)
+                if command is None:
+                    self._drop("late", f"a reply to callback {message.id}, for which nobody waits")
+                else:
+                    assert isinstance(message.id, int)
+                    command.reply(message.id, message, envelope.buffers, size)
+            elif isinstance(message, Notification):
+                self._on_notification(connection, message)
+            else:
+                id = message.id
+                self._on_request(connection, envelope, message, size)
+        except BridgeError as exc:
+            connection.publish(connection.failure(id, error_object(exc)), parent=envelope.raw_header)
+
+    def _on_notification(self, connection: Connection, message: Notification) -> None:
+        method = NOTIFICATIONS.get(message.method)
+        if method is None or method.side != "host":
+            self._drop("unknown", f"notification {message.method!r}")
+            return
+        params = self._params(method, message.params)
+        command = connection.commands.get(params.command)
+        if command is None:
+            self._drop("late", f"{message.method} for a command that has ended")
+        elif isinstance(params, Cancel):
+            command.stop(Cancelled(f"{command.recorder.subject} was cancelled"))
+        elif isinstance(params, GiveCredit):
+            command.credit.give(params.credit)
+
+    def _on_request(self, connection: Connection, envelope: Envelope, request: Request, size: int) -> None:
+        method = COMMANDS.get(request.method)
+        if method is None or method.name == "bridge.attach":
+            raise MethodNotFound(f"there is no command {request.method!r}")
+        if request.id in connection.commands:
+            raise InvalidRequest(f"command {request.id!r} is running: an id names one command")
+        params: Command = self._params(method, request.params)
+        runtime = self._runtime
+        if method.name == "kernel.ping":
+            pong = Pong(runtime.identity.id, runtime.busy)
+            connection.publish(connection.success(request.id, pong), parent=envelope.raw_header)
+            return
+        if method.name == "kernel.drain":
+            self._drain_commands(connection, envelope, request.id)
+            return
+        if runtime.draining:
+            raise Draining
+        if runtime.busy >= runtime.policy.max_commands:
+            raise Overloaded(f"{runtime.busy} commands run in this kernel, as many as it takes")
+        command = RunningCommand(
+            runtime,
+            connection,
+            request.id,
+            request.method,
+            params,
+            subject=subject(request.method, params),
+            parent=envelope.raw_header,
+            buffers=envelope.buffers,
+            bytes_in=size,
+        )
+        connection.commands[request.id] = command
+        runtime.started(command)
+        if command.deadline is not None:
+            self._watch_deadline(command.deadline, command)
+        runtime.executor.submit(partial(command.run, HANDLERS[request.method]))
+
+    def _drain_commands(self, connection: Connection, envelope: Envelope, id: int | str) -> None:
+        runtime = self._runtime
+        runtime.draining = True
+        drained = Drained(runtime.busy)
+        runtime.when_idle(
+            lambda: connection.publish(connection.success(id, drained), parent=envelope.raw_header)
+        )

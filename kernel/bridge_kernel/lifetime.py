@@ -1,0 +1,68 @@
+"""When a kernel must end by itself: its parent is gone, so nobody will ever end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ("Parent", "end_group", "leave")
+
+POLL_S: Final = 1.0
+
+
+class Parent:
+    """The process that started this kernel, as `JPY_PARENT_PID` names it."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.fd: int | None = None
+        if hasattr(os, "pidfd_open"):
+            try:
+                # Readable once the process has ended; and unlike a pid it never comes to mean another process.
+                self.fd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                self._pid = 0
+
+    @classmethod
+    def from_environment(cls) -> Parent | None:
+        """The parent, or None if nobody said who it is (a kernel started by hand)."""
+        pid = os.environ.get("JPY_PARENT_PID", "")
+        return cls(int(pid)) if pid.isdigit() and int(pid) > 1 else None
+
+    @property
+    def gone(self) -> bool:
+        """Whether it had ended before we could watch it."""
+        return self._pid == 0
+
+    def poll_in_thread(self, on_death: Callable[[], None]) -> None:
+        """Watch by asking again and again: for systems without pidfd."""
+
+        def watch() -> None:
+            while os.getppid() == self._pid:
+                time.sleep(POLL_S)
+            on_death()
+
+        threading.Thread(target=watch, name="bridge-parent", daemon=True).start()
+
+
+def end_group() -> None:
+    """End at once, together with every process of this kernel's own process group: no grandchild survives."""
+    if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    os._exit(1)
+
+
+def leave(code: int, *, grace_s: float) -> None:
+    """End within `grace_s` whatever the main thread is doing: daemon threads may hold up Python's own way out."""
+
+    def out() -> None:
+        time.sleep(grace_s)
+        os._exit(code)
+
+    threading.Thread(target=out, name="bridge-leave", daemon=True).start()

@@ -1,0 +1,146 @@
+"""stdout and stderr, labelled with the command that writes: from its threads and tasks too."""
+
+from __future__ import annotations
+
+import io
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ("CURRENT", "CommandStream", "Output", "capture", "inherit_in_threads")
+
+FLUSH_AT = 4096  # characters: a message a line would cost more than the lines
+
+
+class HasOutput(Protocol):
+    """What prints: a running command, or a cell."""
+
+    @property
+    def output(self) -> Output: ...
+
+
+CURRENT: ContextVar[Any] = ContextVar("bridge_current_command", default=None)
+"""The command or cell whose code runs here."""
+
+
+class Output:
+    """What one command prints, collected into few messages, in the order in which it was written."""
+
+    def __init__(self, publish: Callable[[str, str], None], max_bytes: int) -> None:
+        """`publish(name, text)` sends one Jupyter `stream` message."""
+        self._publish = publish
+        self._left = max_bytes
+        self._parts: list[tuple[str, str]] = []
+        self._size = 0
+        # Reentrant: a signal handler or a finalizer may print while this thread prints.
+        self._lock = threading.RLock()
+
+    def write(self, name: str, text: str) -> None:
+        with self._lock:
+            if self._left <= 0:
+                return
+            self._left -= len(text.encode("utf-8", "replace"))
+            if self._left <= 0:
+                text = "\n[output limit reached: the rest of what this command prints is dropped]\n"
+                name = "stderr"
+            self._parts.append((name, text))
+            self._size += len(text)
+            if self._size >= FLUSH_AT:
+                self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            parts, self._parts, self._size = self._parts, [], 0
+            while parts:
+                name = parts[0][0]
+                count = next((i for i, part in enumerate(parts) if part[0] != name), len(parts))
+                self._publish(name, "".join(text for _, text in parts[:count]))
+                del parts[:count]
+
+
+class CommandStream(io.TextIOBase):
+    """Takes the place of `sys.stdout` or `sys.stderr`."""
+
+    def __init__(self, name: str, fallback: TextIO) -> None:
+        self.name = name
+        self._fallback = fallback
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return "utf-8"
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        """The process's own descriptor: what a subprocess inherits goes to the kernel's log."""
+        return self._fallback.fileno()
+
+    def write(self, text: str) -> int:
+        current: HasOutput | None = CURRENT.get()
+        if current is None:
+            return self._fallback.write(text)
+        current.output.write(self.name, str(text))
+        return len(text)
+
+    def flush(self) -> None:
+        current: HasOutput | None = CURRENT.get()
+        if current is None:
+            self._fallback.flush()
+        else:
+            current.output.flush()
+
+
+def capture() -> None:
+    """Put the streams in place; what no command writes still goes where it went."""
+    sys.stdout = CommandStream("stdout", sys.stdout)
+    sys.stderr = CommandStream("stderr", sys.stderr)
+
+
+def inherit_in_threads() -> None:
+    """Let threads and executors know the command that started them, as tasks and `asyncio.to_thread` do.
+
+    CPython passes a context on to a new thread from 3.14 on; until then, a command's raw threads would
+    print as nobody's. Only `CURRENT` is passed on: other variables keep Python's meaning.
+    """
+    start = threading.Thread.start
+    submit = ThreadPoolExecutor.submit
+
+    def within(command: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            token = CURRENT.set(command)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                CURRENT.reset(token)
+
+        return run
+
+    @wraps(start)
+    def start_within(self: threading.Thread) -> None:
+        command = CURRENT.get()
+        if command is not None:
+            self.run = within(command, self.run)  # type: ignore[method-assign]
+        start(self)
+
+    @wraps(submit)
+    def submit_within(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        command = CURRENT.get()
+        if command is None:
+            return submit(self, fn, *args, **kwargs)
+        # The pool's own new threads must not take after the first command that used the pool.
+        token = CURRENT.set(None)
+        try:
+            return submit(self, within(command, fn), *args, **kwargs)
+        finally:
+            CURRENT.reset(token)
+
+    threading.Thread.start = start_within  # type: ignore[method-assign]
+    ThreadPoolExecutor.submit = submit_within  # type: ignore[method-assign, assignment]

@@ -12,8 +12,8 @@ from contextlib import suppress
 from typing import Any
 
 import zmq
-from traitlets import Dict, List, Unicode
-from traitlets.config import Application
+from traitlets import Dict, Unicode
+from traitlets.config import Application, Configurable
 
 from ._version import __version__
 from .commands.dspy import register as register_dspy
@@ -44,7 +44,7 @@ class BridgeKernelApp(Application):
 
     name = "bridge-kernel"
     version = __version__
-    classes = List([Policy])
+    classes: list[type[Configurable]] = [Policy]  # noqa: RUF012 - a declaration of traitlets
     aliases = Dict({"f": "BridgeKernelApp.connection_file", "log-level": "Application.log_level"})
     flags = Dict({})
 
@@ -63,9 +63,7 @@ class BridgeKernelApp(Application):
             if not self.connection_file:
                 raise ValueError("no connection file: start the kernel with -f FILE, as Jupyter does")
             info = ConnectionInfo.read(self.connection_file)
-            sockets = bind(
-                info, session=runtime.identity.id, max_message_bytes=runtime.policy.max_message_bytes
-            )
+            sockets = bind(info, session=runtime.identity.id, max_message_bytes=runtime.policy.max_message_bytes)
         except (ValueError, OSError, zmq.ZMQError) as exc:
             self.log.critical("Bridge cannot serve %r: %s", self.connection_file, exc)
             self.exit(1)
@@ -154,9 +152,7 @@ class _MainThread:
             callback()
 
 
-def _pair(
-    context: zmq.Context[zmq.Socket[bytes]], name: str
-) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+def _pair(context: zmq.Context[zmq.Socket[bytes]], name: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
     """Two ends of an inproc PAIR without a bound: what is in it was bounded where it came in."""
     ends = (context.socket(zmq.PAIR), context.socket(zmq.PAIR))
     for end in ends:

@@ -294,7 +294,10 @@ class RunningCommand:
                 if not future.done():
                     future.set_result(value)
 
-            self._request(method, params, buffers, lambda *reply: loop.call_soon_threadsafe(settle, reply))
+            def resolve(*reply: Any) -> None:
+                loop.call_soon_threadsafe(settle, reply)
+
+            self._request(method, params, buffers, resolve)
             return self._result(method, *await future)
 
     def notify(self, method: str, params: msgspec.Struct, buffers: Sequence[Buffer] = ()) -> None:
@@ -372,7 +375,11 @@ class RunningCommand:
         """As `wait_for`, from the event loop."""
         loop = asyncio.get_running_loop()
         given = asyncio.Event()
-        if register(lambda: loop.call_soon_threadsafe(given.set)):
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(given.set)
+
+        if register(wake):
             await given.wait()
 
     def _park(self, resolve: Callable[[Reply, Sequence[Buffer]], None]) -> int:

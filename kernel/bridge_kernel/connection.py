@@ -49,9 +49,7 @@ class Connection:
 
     def publish(self, content: bytes, buffers: Sequence[Buffer] = (), parent: bytes = b"{}") -> None:
         """Send a `comm_msg` to the host. Any thread."""
-        self._iopub.send(
-            self._publisher.frames([self.topic], "comm_msg", content, parent=parent, buffers=buffers)
-        )
+        self._iopub.send(self._publisher.frames([self.topic], "comm_msg", content, parent=parent, buffers=buffers))
 
     def publish_as(self, msg_type: str, content: bytes, parent: bytes) -> None:
         """Send output or telemetry of one of its commands. Any thread."""

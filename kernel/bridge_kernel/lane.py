@@ -10,6 +10,7 @@ import contextlib
 import heapq
 import itertools
 import logging
+import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -136,7 +137,7 @@ class Lane:
         while not self._stopping:
             now = time.monotonic()
             due = self._deadlines[0][0] - now if self._deadlines else TICK_S
-            events = dict(poller.poll(max(0.0, min(due, TICK_S)) * 1000))
+            events = dict(poller.poll(math.ceil(max(0.0, min(due, TICK_S)) * 1000)))
             for socket, handle in incoming:
                 if socket in events:
                     self._drain(socket, handle)
@@ -303,7 +304,9 @@ class Lane:
             assert isinstance(params, Attach)
             if target != COMM_TARGET or params.protocol[0] != PROTOCOL_VERSION[0]:
                 ours, theirs = (".".join(map(str, version)) for version in (PROTOCOL_VERSION, params.protocol))
-                raise ProtocolMismatch(f"the host speaks protocol {theirs} ({target}), this kernel {ours} ({COMM_TARGET})")
+                raise ProtocolMismatch(
+                    f"the host speaks protocol {theirs} ({target}), this kernel {ours} ({COMM_TARGET})"
+                )
             if len(self._connections) >= self._runtime.policy.max_connections:
                 raise Overloaded(f"{len(self._connections)} hosts are attached, as many as this kernel takes")
         except BridgeError as exc:
@@ -410,6 +413,4 @@ class Lane:
         runtime = self._runtime
         runtime.draining = True
         drained = Drained(runtime.busy)
-        runtime.when_idle(
-            lambda: connection.publish(connection.success(id, drained), parent=envelope.raw_header)
-        )
+        runtime.when_idle(lambda: connection.publish(connection.success(id, drained), parent=envelope.raw_header))

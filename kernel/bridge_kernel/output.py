@@ -130,7 +130,6 @@ def inherit_in_threads() -> None:
             self.run = within(command, self.run)  # type: ignore[method-assign]
         start(self)
 
-    @wraps(submit)
     def submit_within(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         command = CURRENT.get()
         if command is None:

@@ -29,10 +29,12 @@ class Policy(Configurable):
     max_message_bytes = Int(1 << 28, min=1 << 16, help="The largest message taken, buffers included.").tag(config=True)
     max_commands = Int(256, min=1, help="Commands running or waiting at once; one more is Overloaded.").tag(config=True)
     max_connections = Int(64, min=1, help="Hosts attached at once.").tag(config=True)
-    max_sources = Int(256, min=1, help="Functions' sources kept compiled; the least recently used goes.").tag(config=True)
-    max_output_bytes = Int(8 << 20, min=1024, help="What one command may print; the rest is dropped, and said to be.").tag(
+    max_sources = Int(256, min=1, help="Functions' sources kept compiled; the least recently used goes.").tag(
         config=True
     )
+    max_output_bytes = Int(
+        8 << 20, min=1024, help="What one command may print; the rest is dropped, and said to be."
+    ).tag(config=True)
 
     def check_name(self, name: str) -> None:
         """Raise `PolicyDenied` unless the dotted `name` may be reached."""

@@ -73,7 +73,8 @@ def _import_longest(parts: list[str]) -> tuple[ModuleType, list[str]]:
                 if module is not None:
                     return module, parts[count:]
                 raise NotFound(
-                    f"no module named {name!r} in the kernel", remedy=f"Install it where the kernel runs: pip install {name}"
+                    f"no module named {name!r} in the kernel",
+                    remedy=f"Install it where the kernel runs: pip install {name}",
                 ) from None
         module = loaded
     assert module is not None

@@ -14,8 +14,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .contract.methods import COMMANDS, Attached, KernelIdentity, Limits
 from .contract.messages import PROTOCOL_VERSION
+from .contract.methods import COMMANDS, Attached, KernelIdentity, Limits
 from .executor import Executor
 from .sources import Sources
 

@@ -91,7 +91,7 @@ class Iopub:
         with self._lock:
             send(self._socket, frames)
             # The descriptor is edge-triggered: a subscription that arrived during the send would not wake the poller.
-            if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 self._drain()
 
     def subscriptions(self) -> list[bytes]:
@@ -195,4 +195,3 @@ def bind(info: ConnectionInfo, *, session: str, max_message_bytes: int) -> Socke
         publisher,
         codec,
     )
-

@@ -1,7 +1,6 @@
 """Functions whose source a session owns: compiled here once, by the hash of the source, run in a fresh namespace."""
 
 from __future__ import annotations
-
 import __future__
 
 import hashlib
@@ -44,7 +43,7 @@ class Sources:
         """
         code = self._code(ref)
         namespace: dict[str, Any] = {"__name__": f"bridge.function.{ref.name}", "__builtins__": __builtins__}
-        exec(code, namespace)
+        exec(code, namespace)  # noqa: S102 - running code is what a kernel is for; the policy was asked
         function = namespace.get(ref.name)
         if not callable(function):
             raise InvalidParams(f"the source of function {ref.name!r} defines no {ref.name!r}")
@@ -65,7 +64,7 @@ class Sources:
         filename = f"<bridge function {ref.name} {ref.hash[:8]}>"
         try:
             # Annotations stay strings: what they name need not be there in the kernel.
-            code = compile(
+            code: CodeType = compile(
                 ref.source, filename, "exec", flags=__future__.annotations.compiler_flag, dont_inherit=True
             )
         except (SyntaxError, ValueError) as exc:

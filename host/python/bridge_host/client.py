@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import msgspec
 import zmq
+
 from bridge_kernel._version import __version__
 from bridge_kernel.contract.errors import BridgeError, InternalError, KernelDied, KernelStartFailed, exception_from
 from bridge_kernel.contract.frames import (
@@ -355,5 +356,3 @@ class KernelClient:
         if not info.key:
             raise KernelStartFailed("the connection file has no key: Bridge takes signed messages only")
         return info
-
-

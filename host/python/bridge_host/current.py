@@ -43,12 +43,14 @@ class Bridge:
         return _host().session(id)
 
     @staticmethod
-    def create_instance(cls: str, /, *args: Any, session: str = DEFAULT_SESSION, **kwargs: Any) -> Instance:
+    def create_instance(class_name: str, /, *args: Any, session: str = DEFAULT_SESSION, **kwargs: Any) -> Instance:
         """Make an object in a kernel and keep it in the host; the instance is its ref."""
-        return _host().session(session).create(cls, *args, **kwargs)
+        return _host().session(session).create(class_name, *args, **kwargs)
 
     @staticmethod
-    def call_method(ref: Instance | str, method: str, /, *args: Any, session: str = DEFAULT_SESSION, **kwargs: Any) -> Any:
+    def call_method(
+        ref: Instance | str, method: str, /, *args: Any, session: str = DEFAULT_SESSION, **kwargs: Any
+    ) -> Any:
         """Call a method of an instance, given as itself or as its ref."""
         instance = _host().session(session).instance(ref) if isinstance(ref, str) else ref
         return instance.call(method, *args, **kwargs)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import anyio
 import anyio.to_thread
 import msgspec
+
 from bridge_kernel.contract.errors import (
     BridgeError,
     Cancelled,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from anyio.abc import TaskGroup
+
     from bridge_kernel.contract.frames import Buffer
     from bridge_kernel.contract.messages import Notification, Request
     from bridge_kernel.contract.values import Tag
@@ -319,7 +321,7 @@ class Engine:
             if decoder is None:
                 raise MethodNotFound(f"a host has no {request.method!r}")
             try:
-                params = decoder.decode(request.params)
+                params: Any = decoder.decode(request.params)
             except (msgspec.MsgspecError, RecursionError) as exc:
                 raise InvalidParams(f"{request.method}: {exc}") from exc
             running = self._running_of(client, params.command)

@@ -10,6 +10,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
 from bridge_kernel.contract.methods import SourceFunction
 
 if TYPE_CHECKING:

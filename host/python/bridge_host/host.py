@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
+
 from bridge_kernel.contract.errors import HostClosed
 from bridge_kernel.contract.methods import Command
 from bridge_kernel.contract.values import Ref, ToolRef
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from anyio.abc import TaskGroup
+
     from bridge_kernel.contract.methods import Stats
     from bridge_kernel.contract.values import Tag
 
@@ -94,6 +96,7 @@ class AsyncHost:
 
     @property
     def engine(self) -> Engine:
+        """What runs commands. Raises `HostClosed`."""
         if self._engine is None:
             raise HostClosed(
                 "the host is not open", remedy="Open it: async with AsyncHost() as host, or with Host() as host."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 import msgspec
 import zmq
+
 from bridge_kernel.contract.errors import BridgeError, HostClosed, KernelDied, KernelStartFailed, Overloaded
 
 from .client import KernelClient
@@ -229,7 +230,9 @@ class Pool:
             {"kernel": id, "pid": process.pid, "exit_code": process.exit_code, "expected": self._closed},
         )
         client.close(
-            KernelDied(f"kernel {id[:4]} (pid {process.pid}) ended with exit code {process.exit_code}, {lost} in flight")
+            KernelDied(
+                f"kernel {id[:4]} (pid {process.pid}) ended with exit code {process.exit_code}, {lost} in flight"
+            )
         )
         self._tasks.start_soon(self._replace, process, time.monotonic() - born)
 

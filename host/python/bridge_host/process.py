@@ -11,8 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from bridge_kernel.contract.errors import KernelStartFailed
+import anyio
 from jupyter_client.manager import AsyncKernelManager
+
+from bridge_kernel.contract.errors import KernelStartFailed
 
 from .client import KernelClient
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ("KernelProcess", "RuntimeDirectory")
 
-POLL_S: Final = 0.05  # where there is no pidfd
 SHUTDOWN_S: Final = 3.0
 LOG_TAIL: Final = 4000  # characters of a dead kernel's log that go into its error
 
@@ -75,16 +76,17 @@ class KernelProcess:
             KernelStartFailed: the kernelspec is missing or the process could not be launched.
         """
         try:
-            with open(self._log_path, "wb") as log:
+            log = await anyio.open_file(self._log_path, "wb")
+            async with log:
                 await self._manager.start_kernel(
-                    extra_arguments=self._arguments, env=self._env, stdout=log, stderr=log
+                    extra_arguments=self._arguments, env=self._env, stdout=log.wrapped, stderr=log.wrapped
                 )
-        except Exception as exc:  # noqa: BLE001 - provisioners raise whatever they like; all of it means this
+        except Exception as exc:
             raise KernelStartFailed(f"the kernel could not be launched: {type(exc).__name__}: {exc}") from exc
         provisioner: Any = self._manager.provisioner
         self.pid = provisioner.pid
         self._watch(provisioner, on_exit)
-        return KernelClient.read_connection_file(Path(self._manager.connection_file).read_bytes())
+        return KernelClient.read_connection_file(await anyio.Path(self._manager.connection_file).read_bytes())
 
     def _watch(self, provisioner: Any, on_exit: Callable[[], None]) -> None:
         def exited() -> None:
@@ -106,8 +108,7 @@ class KernelProcess:
             return
 
         async def poll() -> None:
-            while await provisioner.poll() is None:
-                await asyncio.sleep(POLL_S)
+            await provisioner.wait()
             exited()
 
         self._watch_task = self._loop.create_task(poll())

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 
 import anyio
 import msgspec
+
 from bridge_kernel.contract.errors import BridgeError, Cancelled, InternalError, NotFound
 from bridge_kernel.contract.methods import (
-    LM,
     COMMANDS,
+    LM,
     FunctionCall,
     FunctionStream,
+    Inspected,
     InstanceCall,
     InstanceCreate,
     InstanceRecord,
-    Inspected,
     ObjectInspect,
     PathFunction,
 )
@@ -75,8 +76,8 @@ class SessionBase:
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Write a variable; raises `NotSerializable` if the value could not reach a kernel."""
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"a variable's name is a string that is not empty, not {name!r}")
+        if not name:
+            raise ValueError("a variable's name is a string that is not empty")
         self._state.set(name, store(value, name))
 
     def __delitem__(self, name: str) -> None:
@@ -115,24 +116,31 @@ class SessionBase:
         return dict(self._state.tools)
 
     @overload
-    def tool(self, function: F, /) -> F: ...
+    def tool(self, function: F, /, *, name: str = "", description: str = "") -> F: ...
     @overload
-    def tool(self, *, name: str = "", description: str = "") -> Callable[[F], F]: ...
-    def tool(self, function: Any = None, /, *, name: str = "", description: str = "") -> Any:
+    def tool(self, function: None = None, /, *, name: str = "", description: str = "") -> Callable[[F], F]: ...
+    def tool(self, function: Callable[..., Any] | None = None, /, *, name: str = "", description: str = "") -> Any:
         """Register a function of the host as a tool, as a decorator or by a call. The function itself stays as it was.
 
         Its schema comes from its type hints, what it says of itself from its docstring. Registering the
         name again replaces it. Raises TypeError if the function has parameters that go by position only.
         """
         if function is None:
-            return lambda decorated: self.tool(decorated, name=name, description=description)  # type: ignore[call-overload]
-        if isinstance(function, str):
-            raise TypeError(f"give the function: @session.tool(name={function!r}) above it")
+            return lambda decorated: self._register(decorated, name, description)
+        return self._register(function, name, description)
+
+    def _register(self, function: Callable[..., Any], name: str, description: str) -> Callable[..., Any]:
+        if not callable(function):
+            raise TypeError(
+                f"a tool is a function, not {function!r}: @session.tool, or @session.tool(name=…), above it"
+            )
         tool = function if isinstance(function, Tool) else Tool(function, name=name, description=description)
         self._state.tools[tool.name] = tool
         return function
 
-    def function(self, name: str | Callable[..., Any], what: str | Callable[..., Any] | None = None, /, *, lm: bool = False) -> Any:
+    def function(
+        self, name: str | Callable[..., Any], what: str | Callable[..., Any] | None = None, /, *, lm: bool = False
+    ) -> Any:
         """Give the session a Python function that kernels run: `session.call(name, …)`.
 
         `session.function("name", source_or_callable)`, or as a decorator, `@session.function`. `lm` runs it
@@ -142,6 +150,7 @@ class SessionBase:
             self._state.functions[name.__name__] = source_of(name.__name__, name, lm=lm)
             return name
         if what is None:
+
             def register(function: Callable[..., Any]) -> Callable[..., Any]:
                 self._state.functions[name] = source_of(name, function, lm=lm)
                 return function
@@ -218,8 +227,7 @@ class AsyncSession(SessionBase):
         """Call one of the session's functions, or one importable in the kernel: `call("math.hypot", 3, 4)`.
 
         `deadline` in seconds, callbacks included; `retries`: how often it may run again if its kernel dies.
-        A function with parameters of these names takes them in `session.submit`'s way: as `kwargs={…}` is
-        not offered, give them by position.
+        A function of yours with parameters of these two names takes them by position.
 
         Raises:
             RemoteError: what the function raised, with the kernel's traceback.
@@ -252,7 +260,7 @@ class AsyncSession(SessionBase):
     def _value(self, method: str, reply: Reply) -> Any:
         return ValueReader(reply.buffers, self._arrive).read(_result(method, reply).value, "result")
 
-    def stream(self, name: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> AsyncStream:
+    def stream(self, name: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> AsyncStream[Any]:
         """Run a generator and iterate over what it yields: `async for chunk in session.stream(…)`.
 
         A producer is at most 16 values ahead. Leaving the loop early, or `aclose()`, stops it.
@@ -266,9 +274,9 @@ class AsyncSession(SessionBase):
         kwargs: dict[str, Any],
         deadline: float | None,
         parent: Running | None,
-    ) -> AsyncStream:
+    ) -> AsyncStream[Any]:
         build, source = self._function_call(name, args, kwargs, credit=WINDOW)
-        stream = AsyncStream(self._engine, lambda tag: self._arrive(tag))
+        stream: AsyncStream[Any] = AsyncStream(self._engine, self._arrive)
 
         async def run() -> Any:
             reply = await self._engine.run(

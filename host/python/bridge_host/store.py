@@ -8,10 +8,9 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
 from bridge_kernel.contract.errors import Conflict, NotFound
 from bridge_kernel.contract.methods import VariableInfo
-
-from .values import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from .functions import FunctionSource
     from .tools import Tool
+    from .values import Stored
 
 __all__ = ("InstanceState", "MemoryStore", "SessionState", "Variable")
 
@@ -175,5 +175,3 @@ class MemoryStore:
 
     def __len__(self) -> int:
         return len(self._sessions)
-
-

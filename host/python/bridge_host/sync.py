@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Self
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+
 from bridge_kernel.contract.errors import BridgeError
 from bridge_kernel.contract.values import Ref
 
@@ -18,6 +18,7 @@ from .session import AsyncInstance, AsyncSession, InstanceBase, SessionBase
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
 
     from bridge_kernel.contract.methods import Inspected, Stats
     from bridge_kernel.contract.values import Tag
@@ -114,11 +115,12 @@ class Host:
 
     def stats(self) -> dict[str, Stats]:
         """What each kernel uses and has done, by kernel id."""
-        return self._run(self._host.stats)
+        found: dict[str, Stats] = self._run(self._host.stats)
+        return found
 
     def _run(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """Run on the host's loop and wait. Ctrl-C cancels it, in the kernel too."""
-        self._host.engine  # closed: a clear error, not the portal's
+        _ = self._host.engine  # closed: a clear error, not the portal's
         future = self._portal.start_task_soon(function, *args)
         try:
             return future.result()
@@ -145,9 +147,7 @@ class Session(SessionBase):
         self._host = host
         self._async = AsyncSession(state, engine)
 
-    def call(
-        self, name: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any
-    ) -> Any:
+    def call(self, name: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any) -> Any:
         """Call one of the session's functions, or one importable in the kernel: `call("math.hypot", 3, 4)`.
 
         `deadline` in seconds, callbacks included; `retries`: how often it may run again if its kernel dies.
@@ -162,7 +162,7 @@ class Session(SessionBase):
         self, name: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any
     ) -> Future[Any]:
         """As `call`, without waiting: a `concurrent.futures.Future`, whose `cancel()` cancels it in the kernel."""
-        self._host._host.engine
+        self._host._host.require_open()
         return self._host._portal.start_task_soon(
             self._async._call, name, args, kwargs, deadline, retries, CURRENT.get()
         )

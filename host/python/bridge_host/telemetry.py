@@ -93,4 +93,3 @@ class Telemetry:
     def __repr__(self) -> str:
         with self._lock:
             return f"<Telemetry: {len(self._events)} events of {len(self._lines)} commands, {len(self._handlers)} handlers>"
-

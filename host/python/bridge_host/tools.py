@@ -6,11 +6,12 @@ import inspect
 from typing import TYPE_CHECKING, Any, Final
 
 import docstring_parser
-from bridge_kernel.contract.errors import InvalidArguments
-from bridge_kernel.contract.values import ToolRef
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError
 from pydantic.json_schema import GenerateJsonSchema
+
+from bridge_kernel.contract.errors import InvalidArguments
+from bridge_kernel.contract.values import ToolRef
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
+
 from bridge_kernel.contract.errors import BridgeError, MalformedValue
 from bridge_kernel.contract.values import Decoder, Encoder, Tag
 
@@ -26,7 +27,7 @@ class HasTag(Protocol):
 def _as_tag(value: object) -> Tag | None:
     # Looked up on the class: an instance's proxy answers to any name.
     found = getattr(type(value), "__bridge_tag__", None)
-    return value.__bridge_tag__ if found is not None else None  # type: ignore[attr-defined, no-any-return]
+    return value.__bridge_tag__ if found is not None else None  # type: ignore[attr-defined]
 
 
 class ValueWriter:

@@ -27,9 +27,7 @@ def create(command: RunningCommand, params: InstanceCreate) -> Answer:
         obj = construct(command, params.record, command.buffers)
         writer = ValueWriter()
         state = dump(obj, command.runtime.policy).write(writer)
-    methods = [
-        name for name in dir(type(obj)) if not name.startswith("_") and callable(getattr(type(obj), name, None))
-    ]
+    methods = [name for name in dir(type(obj)) if not name.startswith("_") and callable(getattr(type(obj), name, None))]
     return Answer(InstanceCreated(state, tuple(methods)), writer.buffers)
 
 

@@ -106,10 +106,8 @@ def _members(obj: Any) -> tuple[Member, ...]:
     for name in dir(owner):
         if name.startswith("_") and name != "__call__":
             continue
-        if name == "__call__" and "__call__" not in vars(owner) and inspect.isclass(owner):
-            # Each class has type's own __call__; one that it or a base defines is what makes its objects callable.
-            if not any("__call__" in vars(base) for base in owner.__mro__):
-                continue
+        if name == "__call__" and not any("__call__" in vars(base) for base in getattr(owner, "__mro__", (owner,))):
+            continue  # each class has type's own; one that it or a base defines is what makes its objects callable
         try:
             member = inspect.getattr_static(owner, name)
         except AttributeError:

@@ -7,13 +7,13 @@ standard's own, -32099…-32000 are Bridge's. Split by who must act: you (argume
 
 from __future__ import annotations
 
-import builtins
 import traceback
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 
 if TYPE_CHECKING:
+    import builtins
     from types import TracebackType
 
 __all__ = (
@@ -216,7 +216,9 @@ class Conflict(BridgeError):
 class PolicyDenied(BridgeError):
     code = -32007
     summary = "The kernel's policy does not allow this."
-    default_remedy = "Widen the policy where the kernel is started: see `jupyter bridge contract`, or Policy's docstring."
+    default_remedy = (
+        "Widen the policy where the kernel is started: see `jupyter bridge contract`, or Policy's docstring."
+    )
 
 
 class InvalidArguments(BridgeError, ValueError):
@@ -335,7 +337,9 @@ def _message_of(exc: BaseException) -> str:
         return f"<its __str__ raised {type(broken).__name__}>"
 
 
-def error_object(exc: BaseException, *, wrap: builtins.type[BridgeError] = RemoteError, hidden: str = "") -> ErrorObject:
+def error_object(
+    exc: BaseException, *, wrap: builtins.type[BridgeError] = RemoteError, hidden: str = ""
+) -> ErrorObject:
     """The wire form of an exception.
 
     A `BridgeError` keeps its code; any other exception becomes a `wrap`: `RemoteError` where the kernel

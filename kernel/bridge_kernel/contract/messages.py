@@ -70,7 +70,7 @@ _EMPTY: Final = msgspec.Raw(b"{}")
 
 class _Envelope(msgspec.Struct):
     jsonrpc: Literal["2.0"]
-    id: Id | None | msgspec.UnsetType = msgspec.UNSET
+    id: Id | msgspec.UnsetType | None = msgspec.UNSET
     method: str | msgspec.UnsetType = msgspec.UNSET
     params: msgspec.Raw = _EMPTY
     result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET

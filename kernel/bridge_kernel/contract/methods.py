@@ -454,7 +454,12 @@ METHODS: Final[tuple[Method, ...]] = (
     ),
     Method("command.credit", "host", "Let a stream send this many more chunks.", GiveCredit, None),
     Method(
-        "session.get", "kernel", "Read a variable of the command's session.", SessionGet, VariableValue, (errors.NotFound,)
+        "session.get",
+        "kernel",
+        "Read a variable of the command's session.",
+        SessionGet,
+        VariableValue,
+        (errors.NotFound,),
     ),
     Method("session.get_many", "kernel", "Read several variables at once.", SessionGetMany, VariableValues),
     Method(

@@ -130,6 +130,7 @@ class RunningCommand:
         self._stopped = False
         self._thread: int | None = None
         self._waiting = False
+        self._raised = False  # whether CommandStopped was raised in the thread from outside
         self._task: asyncio.Task[None] | None = None
         self._pending: dict[int, Callable[[Reply, Sequence[Buffer]], None]] = {}
 
@@ -188,9 +189,9 @@ class RunningCommand:
         while True:
             try:
                 with self._lock:
-                    if self._thread is not None:
+                    if self._raised and self._thread is not None:
                         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
-                        self._thread = None
+                    self._thread = None
                 return
             except CommandStopped:
                 continue
@@ -210,6 +211,7 @@ class RunningCommand:
             pending, self._pending = list(self._pending.values()), {}
             task = self._task
             if self._thread is not None and not self._waiting:
+                self._raised = True
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(self._thread), ctypes.py_object(CommandStopped)
                 )

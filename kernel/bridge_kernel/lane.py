@@ -32,7 +32,7 @@ from .contract.errors import (
     ProtocolMismatch,
     error_object,
 )
-from .contract.frames import MalformedFrames, comm_close, comm_content, receive
+from .contract.frames import MalformedFrames, comm_close, comm_content, receive, send
 from .contract.messages import (
     COMM_TARGET,
     PROTOCOL_VERSION,
@@ -44,7 +44,6 @@ from .contract.messages import (
 )
 from .contract.methods import COMMANDS, NOTIFICATIONS, Attach, Cancel, Drained, GiveCredit, Pong
 from .info import kernel_info
-from .sockets import send
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +129,8 @@ class Lane:
         outgoing = [(self._cells_shell, sockets.shell), (self._cells_control, sockets.control)]
         for socket, _ in (*incoming, *outgoing):
             poller.register(socket, zmq.POLLIN)
-        poller.register(sockets.iopub.fd, zmq.POLLIN)
+        iopub_fd = sockets.iopub.fd
+        poller.register(iopub_fd, zmq.POLLIN)
         if self._parent is not None and self._parent.fd is not None:
             poller.register(self._parent.fd, zmq.POLLIN)
         next_tick = 0.0
@@ -146,8 +146,8 @@ class Lane:
                     with contextlib.suppress(zmq.Again):
                         while True:
                             send(target, source.recv_multipart(zmq.NOBLOCK))
-            for topic in sockets.iopub.subscriptions():
-                self._unsubscribed(topic)
+            if iopub_fd in events:
+                self._check_subscriptions()
             if self._parent is not None and self._parent.fd in events:
                 self._on_parent_death()
                 return
@@ -155,6 +155,7 @@ class Lane:
             self._expire(now)
             if now >= next_tick:
                 next_tick = now + TICK_S
+                self._check_subscriptions()
                 for command in self._runtime.active:
                     command.refresh()
 
@@ -162,7 +163,7 @@ class Lane:
         # At most so many at a time: a flood on one socket must not keep the other, or deadlines, waiting.
         for _ in range(64):
             try:
-                frames = receive(socket, zmq.NOBLOCK, zmq.RCVMORE)
+                frames = receive(socket)
             except zmq.Again:
                 return
             try:
@@ -324,6 +325,10 @@ class Lane:
         self._connections.pop(connection.comm_id, None)
         self._runtime.connections = len(self._connections)
         connection.close(why)
+
+    def _check_subscriptions(self) -> None:
+        for topic in self._sockets.iopub.subscriptions():
+            self._unsubscribed(topic)
 
     def _unsubscribed(self, topic: bytes) -> None:
         """Nobody listens to a comm any more: its host died or was cut off."""

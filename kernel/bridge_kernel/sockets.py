@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import zmq
 
-from .contract.frames import FrameCodec
+from .contract.frames import FrameCodec, send
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .contract.frames import Buffer
 
-__all__ = ("ConnectionInfo", "Iopub", "Publisher", "Sockets", "bind", "send")
+__all__ = ("ConnectionInfo", "Iopub", "Publisher", "Sockets", "bind")
 
 _encode = msgspec.json.Encoder().encode
-COPY_LIMIT = 1 << 16  # below this, copying a frame is cheaper than telling zmq whose memory it is
+_EVENTS, _POLLIN, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK)  # as ints: see `contract.frames`
 
 
 class ConnectionInfo(msgspec.Struct, frozen=True):
@@ -65,11 +65,6 @@ class ConnectionInfo(msgspec.Struct, frozen=True):
         return f"{self.transport}://{self.ip}{separator}{port}"
 
 
-def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> None:
-    """Send one message; large frames are handed over, not copied."""
-    socket.send_multipart(frames, copy=all(len(frame) < COPY_LIMIT for frame in frames))
-
-
 class Iopub:
     """The XPUB socket, written from any thread under one mutex: no thread of its own, so no hop.
 
@@ -91,7 +86,7 @@ class Iopub:
         with self._lock:
             send(self._socket, frames)
             # The descriptor is edge-triggered: a subscription that arrived during the send would not wake the poller.
-            if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
                 self._drain()
 
     def subscriptions(self) -> list[bytes]:
@@ -104,7 +99,7 @@ class Iopub:
     def _drain(self) -> None:
         while True:
             try:
-                event = self._socket.recv(zmq.NOBLOCK)
+                event = self._socket.recv(_NOBLOCK)
             except zmq.Again:
                 return
             topic = event[1:]

@@ -10,7 +10,7 @@ import itertools
 import os
 import uuid
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import msgspec
 import zmq
@@ -26,6 +26,7 @@ from bridge_kernel.contract.frames import (
     comm_message,
     comm_open,
     receive,
+    send,
 )
 from bridge_kernel.contract.messages import (
     COMM_TARGET,
@@ -41,7 +42,6 @@ from bridge_kernel.contract.messages import (
     encode_success,
 )
 from bridge_kernel.contract.methods import Attach, Attached, HostIdentity
-from bridge_kernel.contract.telemetry import TELEMETRY_MIME, EventBatch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,10 +49,9 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.errors import ErrorObject
     from bridge_kernel.contract.frames import Buffer, Envelope
 
-__all__ = ("ConnectionInfo", "Display", "KernelClient", "Listener", "Reply", "StreamText")
+__all__ = ("ConnectionInfo", "KernelClient", "Listener", "Reply", "StreamText")
 
 MAX_MESSAGE_BYTES: Final = 1 << 28
-COPY_LIMIT: Final = 1 << 16
 BURST: Final = 256  # messages read before the loop's other tasks get their turn
 
 _decode_header = msgspec.json.Decoder(Header).decode
@@ -91,24 +90,7 @@ class StreamText(msgspec.Struct, frozen=True):
     text: str
 
 
-class Display(NamedTuple):
-    """The telemetry of one command, as its kernel displays it."""
-
-    batch: EventBatch
-    text: str
-    html: str
-    display_id: str
-
-
-class _DisplayContent(msgspec.Struct):
-    data: dict[str, msgspec.Raw]
-    transient: dict[str, Any] = {}
-
-
 _decode_stream = msgspec.json.Decoder(StreamText).decode
-_decode_display = msgspec.json.Decoder(_DisplayContent).decode
-_decode_batch = msgspec.json.Decoder(EventBatch).decode
-_decode_str = msgspec.json.Decoder(str).decode
 
 
 class Listener(Protocol):
@@ -117,7 +99,7 @@ class Listener(Protocol):
     def on_callback(self, client: KernelClient, request: Request, buffers: Sequence[Buffer]) -> None: ...
     def on_notification(self, client: KernelClient, message: Notification, buffers: Sequence[Buffer]) -> None: ...
     def on_output(self, client: KernelClient, command: int | None, output: StreamText) -> None: ...
-    def on_display(self, client: KernelClient, display: Display) -> None: ...
+    def on_display(self, client: KernelClient, content: bytes) -> None: ...
 
 
 class KernelClient:
@@ -205,8 +187,7 @@ class KernelClient:
     ) -> None:
         header = self._codec.header(msg_type, f"{self._codec.session}_{id}", datetime.now(UTC).isoformat())
         frames = self._codec.pack((), header, content, buffers=buffers)
-        small = not buffers or all(len(frame) < COPY_LIMIT for frame in buffers)
-        socket.send_multipart(frames, zmq.NOBLOCK, copy=small)
+        send(socket, frames, block=False)
 
     def _expect(self, id: int) -> asyncio.Future[Reply]:
         if self._closed is not None:
@@ -263,7 +244,7 @@ class KernelClient:
             if self._closed is not None:
                 return
             try:
-                frames = receive(self._iopub, zmq.NOBLOCK, zmq.RCVMORE)
+                frames = receive(self._iopub)
             except zmq.Again:
                 return
             try:
@@ -280,7 +261,8 @@ class KernelClient:
         elif kind == "stream":
             self._listener.on_output(self, self._command_of(envelope), _decode_stream(envelope.content))
         elif kind in ("display_data", "update_display_data"):
-            self._on_display(envelope)
+            # What it says is looked at when there is time, or when somebody asks: not between a command and its reply.
+            self._listener.on_display(self, envelope.content)
         elif kind == "iopub_welcome":
             if not self._welcome.done():
                 self._welcome.set_result(None)
@@ -291,16 +273,6 @@ class KernelClient:
         """The id of the command whose message is this one's parent: our msg_ids end in it."""
         session, _, id = _decode_header(envelope.parent).msg_id.rpartition("_")
         return int(id) if session == self._codec.session and id.isdigit() else None
-
-    def _on_display(self, envelope: Envelope) -> None:
-        content = _decode_display(envelope.content)
-        data = content.data
-        if TELEMETRY_MIME in data:
-            text = _decode_str(data["text/plain"]) if "text/plain" in data else ""
-            html = _decode_str(data["text/html"]) if "text/html" in data else ""
-            batch = _decode_batch(data[TELEMETRY_MIME])
-            display = Display(batch, text, html, str(content.transient.get("display_id", "")))
-            self._listener.on_display(self, display)
 
     def _on_comm(self, envelope: Envelope) -> None:
         comm = comm_content(envelope.content)

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.messages import Notification, Request
     from bridge_kernel.contract.values import Tag
 
-    from .client import Display, KernelClient, Reply, StreamText
+    from .client import KernelClient, Reply, StreamText
     from .pool import Kernel, Pool
     from .store import InstanceState, MemoryStore, SessionState
     from .telemetry import Telemetry
@@ -65,6 +65,7 @@ __all__ = ("CURRENT", "Attempt", "Engine", "Output", "Running")
 
 MAX_NESTING: Final = 64  # commands within tools within commands: more is a tool that calls itself
 MAX_TOOL_THREADS: Final = 1000
+TELEMETRY_S: Final = 0.02  # how long telemetry may wait to be read when nobody asks
 LATE_S: Final = 0.5  # how long after its deadline a kernel may still say so itself
 OWN_FILES: Final = os.path.dirname(__file__) + os.sep
 
@@ -160,6 +161,7 @@ class Engine:
         self._on_output = on_output
         self._running: dict[tuple[KernelClient, int], Running] = {}
         self._cells: dict[KernelClient, SessionState] = {}
+        self._telemetry_due = False
         self._threads = anyio.CapacityLimiter(MAX_TOOL_THREADS)
 
     # -- commands ----------------------------------------------------------------
@@ -293,8 +295,15 @@ class Engine:
         else:
             (sys.stderr if output.name == "stderr" else sys.stdout).write(output.text)
 
-    def on_display(self, client: KernelClient, display: Display) -> None:
-        self.telemetry.take_display(display)
+    def on_display(self, client: KernelClient, content: bytes) -> None:
+        self.telemetry.take_display(content)
+        if not self._telemetry_due:
+            self._telemetry_due = True
+            asyncio.get_running_loop().call_later(TELEMETRY_S, self._read_telemetry)
+
+    def _read_telemetry(self) -> None:
+        self._telemetry_due = False
+        self.telemetry.read()
 
     def on_notification(self, client: KernelClient, message: Notification, buffers: Sequence[Buffer]) -> None:
         if message.method == "command.chunk":

@@ -162,7 +162,7 @@ class Session(SessionBase):
         self, name: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any
     ) -> Future[Any]:
         """As `call`, without waiting: a `concurrent.futures.Future`, whose `cancel()` cancels it in the kernel."""
-        self._host._host.require_open()
+        _ = self._host._host.engine
         return self._host._portal.start_task_soon(
             self._async._call, name, args, kwargs, deadline, retries, CURRENT.get()
         )

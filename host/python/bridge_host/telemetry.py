@@ -7,20 +7,38 @@ import warnings
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
-from bridge_kernel.contract.telemetry import Event
+import msgspec
+
+from bridge_kernel.contract.telemetry import TELEMETRY_MIME, Event, EventBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from bridge_kernel.contract.telemetry import Scalar
 
-    from .client import Display
-
     Handler = Callable[[Event], object]
 
 __all__ = ("Telemetry",)
 
 REMEMBERED: Final = 10_000
+MAX_UNREAD: Final = 256
+
+
+class _Data(msgspec.Struct, rename={"batch": TELEMETRY_MIME, "text": "text/plain"}):
+    batch: EventBatch
+    text: str = ""
+
+
+class _Transient(msgspec.Struct):
+    display_id: str
+
+
+class _Display(msgspec.Struct):
+    data: _Data
+    transient: _Transient
+
+
+_decode_display: Final = msgspec.json.Decoder(_Display).decode
 
 
 class Telemetry:
@@ -35,6 +53,8 @@ class Telemetry:
         self._events: deque[Event] = deque(maxlen=REMEMBERED)
         self._handlers: dict[str, tuple[tuple[str, ...], Handler]] = {}
         self._lines: dict[str, str] = {}
+        self._unread: deque[bytes] = deque()
+        self._reading = threading.RLock()  # a handler may look at the telemetry
 
     def attach(self, id: str, prefix: Iterable[str], handler: Handler) -> None:
         """Call `handler(event)` for each event whose name begins with `prefix`, on the thread that emits it.
@@ -70,26 +90,40 @@ class Telemetry:
                     self.detach(id)
                     warnings.warn(f"telemetry handler {id!r} raised {exc!r} and was detached", stacklevel=2)
 
-    def take_display(self, display: Display) -> None:
-        """Take what a kernel displays for one command."""
-        for event in display.batch.events:
-            self.take(event)
-        with self._lock:
-            self._lines.pop(display.display_id, None)
-            self._lines[display.display_id] = display.text
-            if len(self._lines) > REMEMBERED:
-                del self._lines[next(iter(self._lines))]
+    def take_display(self, content: bytes) -> None:
+        """Take what a kernel displays for one command: the content of a display message, read later."""
+        self._unread.append(content)
+        if len(self._unread) > MAX_UNREAD:
+            self.read()
+
+    def read(self) -> None:
+        """Read what was taken and not yet read: done before anybody looks."""
+        with self._reading:
+            while self._unread:
+                try:
+                    display = _decode_display(self._unread.popleft())
+                except msgspec.MsgspecError:
+                    continue  # display data of some other kind
+                for event in display.data.batch.events:
+                    self.take(event)
+                with self._lock:
+                    self._lines[display.transient.display_id] = display.data.text
+                    if len(self._lines) > REMEMBERED:
+                        del self._lines[next(iter(self._lines))]
 
     def events(self, *prefix: str) -> list[Event]:
         """The events remembered whose names begin with `prefix`, oldest first: `events("bridge", "execution")`."""
+        self.read()
         with self._lock:
             return [event for event in self._events if event.name[: len(prefix)] == prefix]
 
     def lines(self) -> list[str]:
         """One line a command, as a notebook shows it, oldest first."""
+        self.read()
         with self._lock:
             return list(self._lines.values())
 
     def __repr__(self) -> str:
+        self.read()
         with self._lock:
             return f"<Telemetry: {len(self._events)} events of {len(self._lines)} commands, {len(self._handlers)} handlers>"

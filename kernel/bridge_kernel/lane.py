@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .contract.frames import Envelope
     from .contract.methods import Command, Method
     from .lifetime import Parent
+    from .output import Output
     from .runtime import Runtime
     from .sockets import Iopub, Publisher, Sockets
 
@@ -69,7 +70,12 @@ class _Shutdown(msgspec.Struct, frozen=True):
     restart: bool = False
 
 
+class _CommInfo(msgspec.Struct, frozen=True):
+    target_name: str | None = None
+
+
 _decode_shutdown = msgspec.json.Decoder(_Shutdown).decode
+_decode_comm_info = msgspec.json.Decoder(_CommInfo).decode
 log = logging.getLogger(__name__)
 
 
@@ -104,6 +110,8 @@ class Lane:
         self._order = itertools.count()
         self._cells_started = False
         self._stopping = False
+        self.cell_output: Output | None = None
+        """Where the cell that runs prints: set by the cells, shown at each tick."""
 
     @property
     def connections(self) -> list[Connection]:
@@ -158,6 +166,8 @@ class Lane:
                 self._check_subscriptions()
                 for command in self._runtime.active:
                     command.refresh()
+                if (output := self.cell_output) is not None:
+                    output.flush()
 
     def _drain(self, socket: zmq.Socket[bytes], handle: Callable[[Envelope], None]) -> None:
         # At most so many at a time: a flood on one socket must not keep the other, or deadlines, waiting.
@@ -195,7 +205,7 @@ class Lane:
         if kind == "kernel_info_request":
             self._answer(self._sockets.shell, envelope, "kernel_info_reply", kernel_info())
         elif kind == "comm_info_request" and not self._cells_started:
-            content = _encode({"status": "ok", "comms": self.comms()})
+            content = _encode({"status": "ok", "comms": self._comms_asked_for(envelope)})
             self._answer(self._sockets.shell, envelope, "comm_info_reply", content)
         elif kind == "shutdown_request":
             self._shut_down(self._sockets.shell, envelope)
@@ -269,6 +279,13 @@ class Lane:
     def comms(self) -> dict[str, dict[str, str]]:
         """The open comms of ours, as `comm_info_reply` lists them."""
         return {comm_id: {"target_name": COMM_TARGET} for comm_id in list(self._connections)}
+
+    def _comms_asked_for(self, envelope: Envelope) -> dict[str, dict[str, str]]:
+        try:
+            target = _decode_comm_info(envelope.content).target_name
+        except (msgspec.MsgspecError, RecursionError) as exc:
+            raise MalformedFrames(f"comm_info_request: {exc}") from exc
+        return self.comms() if not target or target == COMM_TARGET else {}
 
     # -- comms -------------------------------------------------------------------
 

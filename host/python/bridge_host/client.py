@@ -251,6 +251,9 @@ class KernelClient:
                 self._on_frames(frames)
             except (MalformedFrames, BridgeError, msgspec.MsgspecError):
                 self.dropped += 1
+            except BaseException:
+                self._loop.call_soon(self._readable)  # the descriptor will not say again what is left to read
+                raise
         self._loop.call_soon(self._readable)
 
     def _on_frames(self, frames: Sequence[Buffer]) -> None:

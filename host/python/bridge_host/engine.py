@@ -49,8 +49,6 @@ from .values import ValueReader, ValueWriter, store_tree
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from anyio.abc import TaskGroup
-
     from bridge_kernel.contract.frames import Buffer
     from bridge_kernel.contract.messages import Notification, Request
     from bridge_kernel.contract.values import Tag
@@ -58,6 +56,7 @@ if TYPE_CHECKING:
     from .client import KernelClient, Reply, StreamText
     from .pool import Kernel, Pool
     from .store import InstanceState, MemoryStore, SessionState
+    from .tasks import Tasks
     from .telemetry import Telemetry
     from .tools import Tool
 
@@ -144,13 +143,13 @@ CURRENT: ContextVar[Running | None] = ContextVar("bridge_running_command", defau
 
 
 class Engine:
-    """Belongs to one event loop and one task group, which must outlive it."""
+    """Belongs to one event loop; `tasks` must outlive it."""
 
     def __init__(
         self,
         sessions: MemoryStore,
         telemetry: Telemetry,
-        tasks: TaskGroup,
+        tasks: Tasks,
         on_output: Callable[[Output], object] | None,
     ) -> None:
         self.sessions = sessions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
@@ -15,12 +14,11 @@ from .engine import Engine
 from .pool import Pool
 from .session import AsyncInstance, AsyncSession, _result
 from .store import MemoryStore
+from .tasks import Tasks
 from .telemetry import Telemetry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    from anyio.abc import TaskGroup
 
     from bridge_kernel.contract.methods import Stats
     from bridge_kernel.contract.values import Tag
@@ -61,15 +59,13 @@ class AsyncHost:
         self._options: dict[str, Any] = {"kernel_name": kernel_name, "arguments": tuple(arguments), "env": env or {}}
         self._on_output = on_output
         self._sessions = MemoryStore()
-        self._stack = contextlib.AsyncExitStack()
         self._engine: Engine | None = None
-        self._tasks: TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
         """Start the kernels and wait until they are ready. Raises `KernelStartFailed`, and leaves nothing behind."""
-        self._tasks = await self._stack.enter_async_context(anyio.create_task_group())
-        engine = Engine(self._sessions, self.telemetry, self._tasks, self._on_output)
-        pool = Pool(self._tasks, self.telemetry, engine, **self._options)
+        tasks = Tasks()
+        engine = Engine(self._sessions, self.telemetry, tasks, self._on_output)
+        pool = Pool(tasks, self.telemetry, engine, **self._options)
         engine.pool = pool
         engine.hook = self._hook
         self._engine = engine
@@ -89,10 +85,9 @@ class AsyncHost:
         if engine is None:
             return
         with anyio.CancelScope(shield=True):
+            engine.pool.refuse()
+            await engine.tasks.close()
             await engine.pool.close()
-        assert self._tasks is not None
-        self._tasks.cancel_scope.cancel()
-        await self._stack.aclose()
 
     @property
     def engine(self) -> Engine:

@@ -20,9 +20,8 @@ from .process import KernelProcess, RuntimeDirectory
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from anyio.abc import TaskGroup
-
     from .client import Listener
+    from .tasks import Tasks
     from .telemetry import Telemetry
 
 __all__ = ("Kernel", "KernelStatus", "Pool")
@@ -80,11 +79,11 @@ class Kernel:
 
 
 class Pool:
-    """Belongs to one event loop and one task group, which must outlive it."""
+    """Belongs to one event loop; `tasks` must outlive it."""
 
     def __init__(
         self,
-        tasks: TaskGroup,
+        tasks: Tasks,
         telemetry: Telemetry,
         listener: Listener,
         *,
@@ -153,7 +152,8 @@ class Pool:
                 client.close(reason)
                 raise
         except BaseException:
-            self._kernels.remove(kernel)
+            if kernel in self._kernels:
+                self._kernels.remove(kernel)
             process.kill()
             with anyio.CancelScope(shield=True):
                 await process.stop()
@@ -290,9 +290,13 @@ class Pool:
 
     # -- the end -----------------------------------------------------------------
 
+    def refuse(self) -> None:
+        """From here on no kernel is started or given out."""
+        self._closed = True
+
     async def close(self) -> None:
         """End every kernel of ours, close the connections to the others, remove every file."""
-        self._closed = True
+        self.refuse()
         async with self._changed:
             self._changed.notify_all()
         async with anyio.create_task_group() as stopping:

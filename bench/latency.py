@@ -15,7 +15,6 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import anyio
 from bench.peers import PAYLOAD, RAW, Place, launch, launch_host, machine, open_peers
 from rich.console import Console
 from rich.table import Table
@@ -143,7 +142,7 @@ def _run(transport: Transport, rounds: int, calls: int, starts: int) -> dict[str
     with Place(transport) as place:
         # First, while this process is still small: gRPC has threads of its own.
         start = measure_starts(place, starts)
-        latency = anyio.run(measure, place, rounds, calls)
+        latency = asyncio.run(measure(place, rounds, calls))
     return {
         "machine": about,
         "transport": transport,

@@ -83,8 +83,8 @@ class Place:
         self._directory = tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True)
         self.path = Path(self._directory.name)
         self._numbers = itertools.count(1)
-        # IPython's history and profile: not the user's.
-        self.env = {**os.environ, "IPYTHONDIR": str(self.path / "ipython")}
+        # IPython's history and profile: not the user's. And what a killed kernel leaves behind goes with the rest.
+        self.env = {**os.environ, "IPYTHONDIR": str(self.path / "ipython"), "TMPDIR": str(self.path)}
 
     def __enter__(self) -> Self:
         return self

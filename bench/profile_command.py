@@ -15,7 +15,6 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import anyio
 import psutil
 from bench.peers import Place, machine, open_peers
 from rich.console import Console
@@ -98,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = machine()
     try:
         with Place(options.transport) as place:
-            measured = anyio.run(measure, place, options.rounds, options.calls)
+            measured = asyncio.run(measure(place, options.rounds, options.calls))
     except KeyboardInterrupt:
         return 130
     table = Table(title=f"Cost of one round trip over {options.transport}, median of {options.rounds} rounds")

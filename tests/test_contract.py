@@ -49,7 +49,9 @@ quickly = settings(deadline=None, derandomize=True, max_examples=200)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 ids = st.one_of(st.integers(), text)
 json_values = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_infinity=False), text),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_infinity=False), text
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(text, inner, max_size=4)),
     max_leaves=8,
 )
@@ -60,8 +62,12 @@ error_objects = st.builds(
     text,
     st.none()
     | st.builds(
-        ErrorData, text, text, st.lists(st.builds(Frame, text, st.integers(0, 10**6), text, text), max_size=3).map(tuple),
-        st.booleans(), text,
+        ErrorData,
+        text,
+        text,
+        st.lists(st.builds(Frame, text, st.integers(0, 10**6), text, text), max_size=3).map(tuple),
+        st.booleans(),
+        text,
     ),
 )
 
@@ -193,7 +199,9 @@ def test_frames_come_back_as_they_went(identities: list[bytes], content: dict[st
     ours = codec()
     header = ours.header("comm_msg", "session_1", "2026-01-01T00:00:00Z")
     body = json.dumps(content).encode()
-    envelope = codec().unpack(ours.pack(identities, header, body, parent=b'{"a":1}', metadata=b'{"b":2}', buffers=buffers))
+    envelope = codec().unpack(
+        ours.pack(identities, header, body, parent=b'{"a":1}', metadata=b'{"b":2}', buffers=buffers)
+    )
     assert list(envelope.identities) == identities
     assert (envelope.header.msg_id, envelope.header.msg_type) == ("session_1", "comm_msg")
     assert (envelope.raw_header, envelope.parent, envelope.metadata) == (header, b'{"a":1}', b'{"b":2}')
@@ -229,7 +237,8 @@ def test_signed_frames_cut_or_altered_anywhere_raise_malformed_frames(data: st.D
 
 
 @pytest.mark.parametrize(
-    "header", [b"", b"{}", b"[]", b"null", b'{"msg_id":1,"msg_type":"x"}', b'{"msg_id":"\xff","msg_type":"x"}', b"[" * 10**6]
+    "header",
+    [b"", b"{}", b"[]", b"null", b'{"msg_id":1,"msg_type":"x"}', b'{"msg_id":"\xff","msg_type":"x"}', b"[" * 10**6],
 )
 def test_a_signed_header_that_is_none_raises_malformed_frames(header: bytes) -> None:
     with pytest.raises(MalformedFrames):
@@ -317,7 +326,9 @@ def _frame(frame: str | dict[str, str]) -> bytes:
 
 @pytest.mark.parametrize("vector", MESSAGES["messages"], ids=lambda vector: vector["name"])
 def test_the_frames_of_a_vector_are_its_message_both_ways(vector: dict[str, Any]) -> None:
-    ours = FrameCodec(MESSAGES["key"].encode(), session=vector["header"]["session"], username=vector["header"]["username"])
+    ours = FrameCodec(
+        MESSAGES["key"].encode(), session=vector["header"]["session"], username=vector["header"]["username"]
+    )
     wire = [_frame(frame) for frame in vector["frames"]]
     envelope = ours.unpack(wire)
     assert msgspec.json.decode(envelope.raw_header) == vector["header"]
@@ -433,7 +444,13 @@ def test_each_error_says_what_it_is_and_comes_back_as_itself(cls: type[BridgeErr
 
 def test_the_errors_of_the_vectors_are_the_table() -> None:
     table = [
-        {"code": code, "name": cls.__name__, "retryable": cls.retryable, "summary": cls.summary, "remedy": cls.default_remedy}
+        {
+            "code": code,
+            "name": cls.__name__,
+            "retryable": cls.retryable,
+            "summary": cls.summary,
+            "remedy": cls.default_remedy,
+        }
         for code, cls in ERRORS.items()
     ]
     assert ERROR_VECTORS["errors"] == table
@@ -612,7 +629,11 @@ def test_a_trace_without_a_parent_is_a_root_and_with_one_its_child() -> None:
 
 
 @quickly
-@given(ids, st.dictionaries(text, st.integers(-(2**63), 2**63), max_size=3), st.dictionaries(text, st.none() | text, max_size=3))
+@given(
+    ids,
+    st.dictionaries(text, st.integers(-(2**63), 2**63), max_size=3),
+    st.dictionaries(text, st.none() | text, max_size=3),
+)
 def test_events_come_back_as_they_went(id: int | str, measurements: dict[str, int | float], metadata: Any) -> None:
     batch = EventBatch(id, (Event(("bridge", "user", "x"), measurements, metadata),), 3)
     assert msgspec.json.decode(msgspec.json.encode(batch), type=EventBatch) == batch
@@ -690,7 +711,12 @@ def test_what_the_vectors_say_fits_the_published_schemas(document: dict[str, Any
 def test_what_a_host_sends_fits_the_published_schemas(document: dict[str, Any]) -> None:
     value = {"$bridge": "tuple", "items": [1, {"$bridge": "int", "value": "99999999999999999999"}]}
     record = methods.InstanceRecord("ref", "package.Class", (1, value), {"k": None}, methods.State("recipe"), 3)
-    common: dict[str, Any] = {"session": "s", "deadline": 12.5, "attempt": 2, "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    common: dict[str, Any] = {
+        "session": "s",
+        "deadline": 12.5,
+        "attempt": 2,
+        "traceparent": f"00-{'a' * 32}-{'b' * 16}-01",
+    }
     shipped = methods.SourceFunction("f", "0" * 64, "def f(): pass")
     lm = methods.LM(model="openai/x", api_key="k", options={"temperature": 0.5})
     sent: list[msgspec.Struct] = [

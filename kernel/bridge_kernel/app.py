@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 from traitlets import Dict, Unicode
@@ -23,6 +23,9 @@ from .output import capture, inherit_in_threads
 from .policy import Policy
 from .runtime import Runtime
 from .sockets import ConnectionInfo, Sockets, bind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ("BridgeKernelApp",)
 
@@ -116,6 +119,7 @@ class _MainThread:
         self._cells = False
         self._stopped = False
         self._on_stop: Any = None
+        self.interrupt_cell: Callable[[], None] | None = None  # set by the cells
 
     def want_cells(self) -> None:
         with self._changed:
@@ -133,9 +137,9 @@ class _MainThread:
             on_stop()
 
     def interrupt(self) -> None:
-        """Raise KeyboardInterrupt in the running cell; ignored if there is none."""
-        with suppress(ProcessLookupError):
-            os.kill(os.getpid(), signal.SIGINT)
+        """Raise KeyboardInterrupt in the running cell; does nothing if there is none."""
+        if self.interrupt_cell is not None:
+            self.interrupt_cell()
 
     def wait(self) -> str:
         """Until cells are wanted ("cells") or the process should end ("stop")."""

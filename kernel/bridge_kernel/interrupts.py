@@ -6,8 +6,9 @@ import asyncio
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,21 +16,39 @@ if TYPE_CHECKING:
 
 __all__ = ("Interrupts",)
 
+INSIST_S: Final = 0.05
+
 
 class Interrupts:
-    """SIGINT: KeyboardInterrupt in a running cell, nothing at any other time. Main thread only, as handlers are."""
+    """SIGINT: KeyboardInterrupt in a running cell, nothing at any other time. For the main thread, as handlers are."""
 
     def __init__(self) -> None:
         self._namespace: dict[str, Any] | None = None
         self._task: asyncio.Future[Any] | None = None
         self._held = 0
         self._pending = False
+        self._unseen = False
+
+    def deliver(self) -> None:
+        """Interrupt the cell that runs, if one does. Any thread."""
+        if self._namespace is not None:
+            self._unseen = True
+            threading.Thread(target=self._insist, name="bridge-interrupt", daemon=True).start()
+
+    def _insist(self) -> None:
+        # A signal that comes between Python's last look and a blocking call wakes nobody: send it until it is seen.
+        main = threading.main_thread().ident
+        assert main is not None
+        while self._unseen and self._namespace is not None:
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(INSIST_S)
 
     def install(self) -> None:
         # Not SIG_IGN, which child processes would inherit and could then not be interrupted either.
         signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self._unseen = False
         if self._namespace is None:
             return
         if self._held:

@@ -344,6 +344,7 @@ def serve_cells(
                 main.interrupt()  # the cell that runs, so that the process ends in its own time
                 shutil.rmtree(directory, ignore_errors=True)  # at once: a cell that does not heed it is cut short
 
+            main.interrupt_cell = kernel.interrupts.deliver
             main.on_stop(stop)
             await stopped.wait()
             for stream in (kernel.shell_stream, kernel.control_stream):

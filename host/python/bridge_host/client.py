@@ -139,6 +139,10 @@ class KernelClient:
         socket.connect(self._info.url(port))
         return socket
 
+    def display_id(self, command: int) -> str:
+        """The id of the display in which the kernel shows that command's telemetry."""
+        return f"bridge-{self._comm_id}-{command}"
+
     @property
     def closed(self) -> BridgeError | None:
         """Why the connection was closed: the very error that its commands failed with. None while it is open."""

@@ -42,7 +42,7 @@ from bridge_kernel.contract.methods import (
     VariableValues,
     Versioned,
 )
-from bridge_kernel.contract.telemetry import Trace
+from bridge_kernel.contract.telemetry import Event, Trace
 
 from .values import ValueReader, ValueWriter, store_tree
 
@@ -98,6 +98,7 @@ class Running:
     def __init__(
         self,
         session: SessionState,
+        method: str,
         subject: str,
         deadline: float | None,
         depth: int,
@@ -105,7 +106,9 @@ class Running:
         on_chunk: Callable[[Chunk, Sequence[Buffer]], None] | None,
     ) -> None:
         self.session = session
+        self.method = method
         self.subject = subject
+        self.began = time.perf_counter_ns()
         self.deadline = deadline  # time.monotonic
         self.depth = depth
         self.trace = trace
@@ -198,7 +201,7 @@ class Engine:
         if parent is not None and parent.deadline is not None:
             until = parent.deadline if until is None else min(until, parent.deadline)
         trace = Trace.child_of(parent.trace.traceparent if parent is not None else None)
-        running = Running(session, subject, until, depth, trace, on_chunk)
+        running = Running(session, method, subject, until, depth, trace, on_chunk)
         if started is not None:
             started(running)
         session.commands += 1
@@ -212,6 +215,7 @@ class Engine:
             try:
                 reply = await self._attempt(client, running, method, tried, build)
             except KernelDied as exc:
+                self._settle(client, running, attempt)
                 # Only if it is this kernel that died: a tool may have met another's death and passed it on.
                 if exc is not client.closed or attempt > retries:
                     raise
@@ -227,6 +231,31 @@ class Engine:
             if source_hash is not None:
                 client.sources.add(source_hash)
             return reply
+
+    def _settle(self, client: KernelClient, running: Running, attempt: int) -> None:
+        """End the telemetry of a command whose kernel can no longer do so itself."""
+        duration = time.perf_counter_ns() - running.began
+        trace = running.trace
+        self.telemetry.settle(
+            client.display_id(running.id),
+            f"✗ {running.subject}  {duration / 1e6:.1f} ms · KernelDied",
+            Event(
+                ("bridge", "execution", "exception"),
+                {"duration": duration},
+                {
+                    "command": running.method,
+                    "subject": running.subject,
+                    "success": False,
+                    "error": "KernelDied",
+                    "session": running.session.id,
+                    "kernel": client.attached.kernel.id if client.attached is not None else "",
+                    "attempt": attempt,
+                    "trace_id": trace.trace_id,
+                    "span_id": trace.span_id,
+                    "parent_span_id": trace.parent_span_id,
+                },
+            ),
+        )
 
     async def _acquire(self, running: Running) -> Kernel:
         ready = self.pool.choose()
@@ -334,7 +363,7 @@ class Engine:
                 raise InvalidParams(f"{request.method}: {exc}") from exc
             running = self._running_of(client, params.command)
             if running is None and params.command is None and client in self._cells:
-                running = Running(self._cells[client], "cell", None, 0, Trace.child_of(None), None)
+                running = Running(self._cells[client], "execute_request", "cell", None, 0, Trace.child_of(None), None)
             if running is None:
                 raise Cancelled(f"command {params.command} is not running: nobody waits for what it calls back")
             if isinstance(params, ToolCall):

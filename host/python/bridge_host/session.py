@@ -159,8 +159,16 @@ class SessionBase:
         self._state.functions[name] = source_of(name, what, lm=lm)
         return what
 
-    def lm(self, model: str, *, api_base: str | None = None, api_key: str | None = None, **options: Any) -> None:
-        """The language model of the session's DSPy code: the arguments of `dspy.LM`.
+    def lm(
+        self,
+        model: str,
+        *,
+        api_base: str | None = None,
+        api_key: str | None = None,
+        adapter: str | None = None,
+        **options: Any,
+    ) -> None:
+        """The language model of the session's DSPy code: the arguments of `dspy.LM`, and DSPy's adapter by name.
 
         The key is sent with the commands that need it, and is in no repr, telemetry or error.
         """
@@ -168,7 +176,7 @@ class SessionBase:
         written = {name: writer.write(value, f"lm.{name}") for name, value in options.items()}
         if writer.buffers:
             raise TypeError("options of a language model are plain data: no arrays, tables or long bytes")
-        self._state.lm = LM(model=model, api_base=api_base, api_key=api_key, options=written)
+        self._state.lm = LM(model=model, api_base=api_base, api_key=api_key, adapter=adapter, options=written)
 
     def _arrive(self, tag: Tag) -> object:
         return self._engine.hook(self._state, tag)

@@ -96,6 +96,13 @@ class Telemetry:
         if len(self._unread) > MAX_UNREAD:
             self.read()
 
+    def settle(self, display_id: str, line: str, event: Event) -> None:
+        """Say of a command what its kernel can no longer say: its last line and its last event."""
+        self.read()
+        self.take(event)
+        with self._lock:
+            self._lines[display_id] = line
+
     def read(self) -> None:
         """Read what was taken and not yet read: done before anybody looks."""
         with self._reading:

@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from ..contract.errors import InvalidParams
 from ..contract.values import register_record
 from ..executor import CommandStopped
 from ..values import ValueReader
@@ -78,9 +79,19 @@ def settings(command: RunningCommand, lm: LM) -> Iterator[None]:
     if lm.api_key is not None:
         options["api_key"] = lm.api_key
     options.setdefault("cache", False)
-    model = _tapped(dspy, command)(lm.model, **options)
-    with dspy.context(lm=model, callbacks=[_tap(dspy, command)], trace=[]):
+    changed: dict[str, Any] = {"lm": _tapped(dspy, command)(lm.model, **options)}
+    if lm.adapter is not None:
+        changed["adapter"] = _adapter(dspy, lm.adapter)
+    with dspy.context(**changed, callbacks=[_tap(dspy, command)], trace=[]):
         yield
+
+
+def _adapter(dspy: Any, name: str) -> Any:
+    cls = getattr(dspy, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, dspy.Adapter)):
+        known = [key for key, value in vars(dspy).items() if isinstance(value, type) and issubclass(value, dspy.Adapter)]
+        raise InvalidParams(f"DSPy has no adapter {name!r}", remedy=f"It has {', '.join(sorted(known))}.")
+    return cls()
 
 
 def _tapped(dspy: Any, command: RunningCommand) -> Any:

@@ -62,6 +62,8 @@ class LM(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     api_base: str | None = None
     api_key: str | None = None
+    adapter: str | None = None
+    """How prompts are written and answers read: the name of one of DSPy's adapters, e.g. `JSONAdapter`."""
     options: dict[str, Value] = {}
 
     def __repr__(self) -> str:

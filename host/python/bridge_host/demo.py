@@ -1,0 +1,201 @@
+"""The demo: a real DSPy program on a real language model, its kernel killed in the middle, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bridge_kernel.contract.errors import BridgeError, KernelDied
+
+from .local_lm import LocalLM
+from .sync import Host
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from bridge_kernel.contract.telemetry import Event
+
+    from .sync import Instance, Session
+
+__all__ = ("run",)
+
+# A model of 135 million parameters answers in the right form only after a few examples; a big one needs none.
+DEMOS: Final = [
+    {"question": "What is the capital of Italy?", "reasoning": "The capital of Italy is Rome.", "answer": "Rome"},
+    {"question": "How many legs does a spider have?", "reasoning": "A spider has 8 legs.", "answer": "8"},
+    {"question": "What colour is the sky?", "reasoning": "The colour of the sky is blue.", "answer": "Blue"},
+]
+QUESTIONS: Final = (
+    "What is the capital of France?",
+    "How many legs does a dog have?",
+    "What is the largest planet in the solar system?",
+)
+KILLED: Final = "What is the opposite of hot?"
+
+ANSWER: Final = '''
+def answer(session_context, qa, question):
+    """Runs in a kernel. `qa` arrives rebuilt from the host's recipe and state."""
+    temperature = session_context.get_variable("temperature")
+    prediction = qa(question=question, config={"temperature": temperature})
+    inputs = {"question": question}
+    valid = session_context.call_tool("validate_prediction", {"prediction": dict(prediction), "context": inputs})
+    session_context.set_variable("last_answer", prediction.answer)
+    return {"answer": prediction.answer, "valid": valid}
+'''
+
+
+def run(svg: Path | None = None) -> int:
+    """Run it and return the exit code: 0 if every step did what it shows."""
+    console = Console(record=svg is not None, width=112 if svg is not None else None, highlight=False)
+    console.print(Text("Bridge: the host owns the state; kernels compute and forget.\n", style="bold"))
+    try:
+        with ExitStack() as stack:
+            model = _model(console, stack)
+            with _step(console, "Starting a kernel"):
+                host = stack.enter_context(Host(kernels=1))
+            _show(console, host, model)
+    except BridgeError as error:
+        console.print(f"[red]{type(error).__name__}:[/] {error}\n{error.remote_traceback}\n{error.remedy}")
+        return 1
+    if svg is not None:
+        svg.write_text(console.export_svg(title="make demo"))
+    return 0
+
+
+def _model(console: Console, stack: ExitStack) -> dict[str, Any]:
+    """What `session.lm` takes: the model named by MODEL, or the small one on this machine."""
+    name = os.environ.get("MODEL")
+    if name:
+        provider = name.split("/", 1)[0].upper()
+        key = os.environ.get(f"{provider}_API_KEY")
+        if key is None:
+            console.print(f"[yellow]{provider}_API_KEY is not set: {name} may refuse.[/]")
+        return {"model": name, "api_key": key, "api_base": os.environ.get(f"{provider}_API_BASE")}
+    with _step(console, "Loading a language model on this machine: SmolLM2, 135 million parameters"):
+        local = stack.enter_context(LocalLM())
+    return {
+        "model": local.model,
+        "api_base": local.api_base,
+        "api_key": local.api_key,
+        "adapter": "JSONAdapter",
+        "engine": "lm15",
+        "max_tokens": 100,
+    }
+
+
+def _show(console: Console, host: Host, model: dict[str, Any]) -> None:
+    session = host.session("demo")
+    session["temperature"] = 0.0
+    session.lm(**model)
+
+    validated: list[str] = []
+
+    @session.tool
+    def validate_prediction(prediction: dict[str, Any], context: dict[str, Any]) -> bool:
+        """A short phrase that is not merely in the question. Runs here, in the host."""
+        answer = str(prediction.get("answer", "")).strip(" .")
+        validated.append(answer)
+        return 0 < len(answer.split()) <= 3 and answer.lower() not in str(context.get("question", "")).lower()
+
+    session.function("answer", ANSWER, lm=True)
+    with _step(console, "Importing DSPy in the kernel and creating dspy.ChainOfThought"):
+        qa = session.create("dspy.ChainOfThought", "question -> answer")
+        state = qa.dump_state()
+        state["predict"]["demos"] = DEMOS
+        qa.load_state(state)
+    console.print()
+
+    answers = Table(
+        "question", "answer", "validate_prediction", "kernel", "took", title="Answers", title_justify="left"
+    )
+    for question in QUESTIONS:
+        _ask(console, answers, host, session, qa, question)
+    _kill_in_the_middle(console, host, session, qa)
+    _ask(console, answers, host, session, qa, KILLED)
+
+    console.print(answers)
+    console.print(_state(session, qa))
+    console.print(_telemetry(host))
+    told = len(host.telemetry.events())
+    console.print(
+        f"[bold]{len(validated)}[/] calls of the host's tool from inside running commands, "
+        f"[bold]{len(host.telemetry.events('bridge', 'kernel', 'stop'))}[/] kernel killed, "
+        f"[bold]{told}[/] telemetry events, nothing lost."
+    )
+
+
+def _ask(console: Console, table: Table, host: Host, session: Session, qa: Instance, question: str) -> None:
+    began = time.perf_counter()
+    with _step(console, question):
+        result = session.call("answer", qa, question)
+    (kernel,) = host.kernels()
+    table.add_row(
+        question,
+        f"[bold]{result['answer']}[/]",
+        "[green]✓ valid[/]" if result["valid"] else "[red]✗ not valid[/]",
+        f"{kernel.id[:4]} (pid {kernel.pid})",
+        f"{time.perf_counter() - began:.1f} s",
+    )
+
+
+def _kill_in_the_middle(console: Console, host: Host, session: Session, qa: Instance) -> None:
+    running = threading.Event()
+
+    def started(event: Event) -> None:
+        if event.metadata["subject"] == "answer":
+            running.set()
+
+    host.telemetry.attach("demo", ("bridge", "execution", "start"), started)
+    future = session.submit("answer", qa, KILLED)
+    with _step(console, f"{KILLED} Killing the kernel while it answers"):
+        running.wait(60)
+        (kernel,) = host.kernels()
+        os.kill(kernel.pid, signal.SIGKILL)
+        error = future.exception(timeout=60)
+    host.telemetry.detach("demo")
+    if not isinstance(error, KernelDied):
+        raise KernelDied(f"the kernel was killed, but the call ended with {error!r}")
+    console.print(f"  [red]✗[/] SIGKILL in the middle: [red]KernelDied[/]: {error}")
+    console.print("  [green]↻[/] The host still owns the session, and starts another kernel. Asking again:")
+
+
+def _state(session: Session, qa: Instance) -> Table:
+    table = Table("what", "kept by the host", "bytes", title="\nWhere the state lives", title_justify="left")
+    for info in session.variables():
+        table.add_row(f"variable {info.name}", f"{session[info.name]!r}, version {info.version}", str(info.size))
+    known = session._state.instance(qa.ref)
+    demos = len(known.state.read("state")["predict"]["demos"])
+    table.add_row(
+        f"instance {qa.ref[:8]}",
+        f"{known.cls}: recipe, and state with {demos} demos, version {known.version}",
+        str(known.size),
+    )
+    for tool in session.tools.values():
+        table.add_row(f"tool {tool.name}", tool.description, "")
+    table.add_row("kernels", "nothing", "0")
+    return table
+
+
+def _telemetry(host: Host) -> Table:
+    table = Table("Telemetry of every command, as its kernel displays it", title="", box=None)
+    for line in host.telemetry.lines():
+        table.add_row(line, style="red" if line.startswith("✗") else "")
+    return table
+
+
+@contextmanager
+def _step(console: Console, what: str) -> Iterator[None]:
+    """A line that lives while something takes its time, and stays with the time it took."""
+    began = time.perf_counter()
+    with console.status(f"{what} …"):
+        yield
+    console.print(f"  [green]✓[/] {what}  [dim]{time.perf_counter() - began:.1f} s[/]")

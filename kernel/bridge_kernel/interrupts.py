@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Interrupts",)
 
-INSIST_S: Final = 0.05
+INSIST_S: Final = 0.02
 
 
 class Interrupts:
@@ -27,37 +27,44 @@ class Interrupts:
         self._task: asyncio.Future[Any] | None = None
         self._held = 0
         self._pending = False
-        self._unseen = False
-
-    def deliver(self) -> None:
-        """Interrupt the cell that runs, if one does. Any thread."""
-        if self._namespace is not None:
-            self._unseen = True
-            threading.Thread(target=self._insist, name="bridge-interrupt", daemon=True).start()
-
-    def _insist(self) -> None:
-        # A signal that comes between Python's last look and a blocking call wakes nobody: send it until it is seen.
-        main = threading.main_thread().ident
-        assert main is not None
-        while self._unseen and self._namespace is not None:
-            signal.pthread_kill(main, signal.SIGINT)
-            time.sleep(INSIST_S)
+        self._wanted = False
 
     def install(self) -> None:
         # Not SIG_IGN, which child processes would inherit and could then not be interrupted either.
         signal.signal(signal.SIGINT, self._handle)
 
+    def deliver(self) -> None:
+        """Interrupt the cell that runs, if one does. Any thread."""
+        if self._namespace is not None and not self._wanted:
+            self._wanted = True
+            threading.Thread(target=self._insist, name="bridge-interrupt", daemon=True).start()
+
+    def _insist(self) -> None:
+        # Again and again: a signal that comes between Python's last look and a blocking call wakes nobody, and one
+        # that comes while IPython's own code runs, before the cell's next line, would break that instead.
+        main = threading.main_thread().ident
+        assert main is not None
+        while self._wanted and self._namespace is not None:
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(INSIST_S)
+        self._wanted = False
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self._unseen = False
         if self._namespace is None:
             return
         if self._held:
             self._pending = True
-        elif self._task is None or (self._task is asyncio.current_task() and self._in_cell(frame)):
+            return
+        in_cell = self._in_cell(frame)
+        if self._task is not None and not (in_cell and self._task is asyncio.current_task()):
+            # Raised in another task, or in the loop itself, it would end the kernel.
+            self._wanted = False
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+        elif in_cell:
+            self._wanted = False
             raise KeyboardInterrupt
         else:
-            # Raised in another task, or in the loop itself, it would end the kernel.
-            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+            self.deliver()
 
     def _in_cell(self, frame: FrameType | None) -> bool:
         while frame is not None and frame.f_globals is not self._namespace:

@@ -12,6 +12,8 @@ import msgspec
 from bridge_kernel.contract.errors import Conflict, NotFound
 from bridge_kernel.contract.methods import VariableInfo
 
+from .values import Stored
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
     from .functions import FunctionSource
     from .tools import Tool
-    from .values import Stored
 
 __all__ = ("InstanceState", "MemoryStore", "SessionState", "Variable")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +18,7 @@ from .host import AsyncHost
 from .session import AsyncInstance, AsyncSession, InstanceBase, SessionBase
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from bridge_kernel.contract.methods import Inspected, Stats
@@ -72,6 +73,7 @@ class Host:
         self._portal: BlockingPortal = stack.enter_context(start_blocking_portal("asyncio", name="bridge-host"))
         try:
             stack.enter_context(self._portal.wrap_async_context_manager(self._host))
+            self._loop: asyncio.AbstractEventLoop = self._portal.call(_running_loop)
         except BaseException:
             stack.close()
             raise
@@ -118,10 +120,15 @@ class Host:
         found: dict[str, Stats] = self._run(self._host.stats)
         return found
 
-    def _run(self, function: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+    def _start(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Future[Any]:
+        """Start on the host's loop; cancelling the future cancels the task."""
+        # Not the portal's own way: that costs a quarter of a command's round trip more.
+        return asyncio.run_coroutine_threadsafe(function(*args), self._loop)
+
+    def _run(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
         """Run on the host's loop and wait. Ctrl-C cancels it, in the kernel too."""
         _ = self._host.engine  # closed: a clear error, not the portal's
-        future = self._portal.start_task_soon(function, *args)
+        future = self._start(function, *args)
         try:
             return future.result()
         except BridgeError as exc:
@@ -133,6 +140,10 @@ class Host:
 
     def __repr__(self) -> str:
         return repr(self._host).replace("AsyncHost", "Host")
+
+
+async def _running_loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
 
 
 def _close(stack: contextlib.ExitStack, host: AsyncHost) -> None:
@@ -163,9 +174,7 @@ class Session(SessionBase):
     ) -> Future[Any]:
         """As `call`, without waiting: a `concurrent.futures.Future`, whose `cancel()` cancels it in the kernel."""
         _ = self._host._host.engine
-        return self._host._portal.start_task_soon(
-            self._async._call, name, args, kwargs, deadline, retries, CURRENT.get()
-        )
+        return self._host._start(self._async._call, name, args, kwargs, deadline, retries, CURRENT.get())
 
     def stream(self, name: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> Stream:
         """Run a generator and iterate over what it yields. Leaving the loop early stops it."""

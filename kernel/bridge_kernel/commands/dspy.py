@@ -89,7 +89,9 @@ def settings(command: RunningCommand, lm: LM) -> Iterator[None]:
 def _adapter(dspy: Any, name: str) -> Any:
     cls = getattr(dspy, name, None)
     if not (isinstance(cls, type) and issubclass(cls, dspy.Adapter)):
-        known = [key for key, value in vars(dspy).items() if isinstance(value, type) and issubclass(value, dspy.Adapter)]
+        known = [
+            key for key, value in vars(dspy).items() if isinstance(value, type) and issubclass(value, dspy.Adapter)
+        ]
         raise InvalidParams(f"DSPy has no adapter {name!r}", remedy=f"It has {', '.join(sorted(known))}.")
     return cls()
 

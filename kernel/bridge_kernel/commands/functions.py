@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from contextlib import AbstractContextManager, nullcontext
+from types import BuiltinFunctionType
 from typing import TYPE_CHECKING, Any
 
 from ..command import Answer
@@ -35,6 +36,8 @@ def find(command: RunningCommand, function: Function) -> Any:
 
 
 def _wants_context(function: Any) -> bool:
+    if isinstance(function, BuiltinFunctionType):
+        return False
     function = inspect.unwrap(function)
     code = getattr(function, "__code__", None)
     if code is None:
@@ -46,6 +49,8 @@ def _wants_context(function: Any) -> bool:
 
 
 def _is_async(function: Any) -> bool:
+    if isinstance(function, BuiltinFunctionType):
+        return False  # the answer for most calls, without inspect's twenty questions
     return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 

@@ -111,7 +111,7 @@ class Kernel:
 
     def close(self) -> None:
         self.client.stop_channels()
-        self.manager.shutdown_kernel(now=True)
+        self.manager.shutdown_kernel()  # politely: a killed kernel leaves a temporary directory
         self.manager.context.destroy(linger=0)
 
 

@@ -47,7 +47,6 @@ class Interrupts:
         while self._wanted and self._namespace is not None:
             signal.pthread_kill(main, signal.SIGINT)
             time.sleep(INSIST_S)
-        self._wanted = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._namespace is None:
@@ -74,7 +73,7 @@ class Interrupts:
     @contextmanager
     def allowed(self, namespace: dict[str, Any]) -> Iterator[None]:
         """While the cell with this namespace runs."""
-        self._pending = False
+        self._pending = self._wanted = False
         self._namespace = namespace
         try:
             yield

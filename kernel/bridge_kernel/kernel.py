@@ -185,7 +185,7 @@ class BridgeKernel(IPythonKernel):
                 ipython: Any = super()
                 reply: dict[str, Any] = await ipython.do_execute(code, silent, *args, **kwargs)
         except KeyboardInterrupt:
-            reply = self._failed(KeyboardInterrupt("interrupted before its first or after its last line"))
+            reply = self._failed(KeyboardInterrupt("interrupted outside its own lines"))
         finally:
             self.lane.cell_output = None
             CURRENT.reset(token)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = ("ConnectionInfo", "KernelClient", "Listener", "Reply", "StreamText")
 
 MAX_MESSAGE_BYTES: Final = 1 << 28
+RECONNECT_MS: Final = 5
 BURST: Final = 256  # messages read before the loop's other tasks get their turn
 
 _decode_header = msgspec.json.Decoder(Header).decode
@@ -130,6 +131,8 @@ class KernelClient:
         socket.linger = 1000
         socket.set_hwm(0)  # what is in flight is bounded by commands and credit, not by dropping
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        # The kernel may not have bound yet: zmq's own 100 ms between two tries would be most of a start.
+        socket.reconnect_ivl, socket.reconnect_ivl_max = RECONNECT_MS, 100 * RECONNECT_MS
         if self._info.curve_publickey:
             public, secret = zmq.curve_keypair()
             socket.curve_publickey, socket.curve_secretkey = public, secret

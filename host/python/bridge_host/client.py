@@ -53,6 +53,7 @@ __all__ = ("ConnectionInfo", "KernelClient", "Listener", "Reply", "StreamText")
 
 MAX_MESSAGE_BYTES: Final = 1 << 28
 RECONNECT_MS: Final = 5
+PUMP_MS: Final = 5
 BURST: Final = 256  # messages read before the loop's other tasks get their turn
 
 _decode_header = msgspec.json.Decoder(Header).decode
@@ -142,7 +143,7 @@ class KernelClient:
         socket.connect(self._info.url(port))
         return socket
 
-    def display_id(self, command: int) -> str:
+    def display_id(self, command: int | str) -> str:
         """The id of the display in which the kernel shows that command's telemetry."""
         return f"bridge-{self._comm_id}-{command}"
 
@@ -242,6 +243,11 @@ class KernelClient:
         """Ask the kernel process to end."""
         if self._closed is None:
             self._send(self._control, "shutdown_request", next(self._ids), b'{"restart":false}')
+
+    def pump(self) -> None:
+        """Read what has arrived, waiting a moment if there is nothing: only from the loop's own thread."""
+        if self._closed is None and self._iopub.poll(PUMP_MS):
+            self._readable()
 
     # -- receiving ---------------------------------------------------------------
 

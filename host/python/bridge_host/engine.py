@@ -297,13 +297,16 @@ class Engine:
             answered = True
             return reply
         except BridgeError as exc:
-            answered = not isinstance(exc, DeadlineExceeded)
+            # A deadline that the kernel noticed is an answer too; to cancel once more does no harm.
+            answered = not isinstance(exc, DeadlineExceeded) and client.closed is None
             raise
         finally:
             del self._running[key]
             client.forget(running.id)
             running.end()
-            if not answered:
+            if answered:
+                self.telemetry.expect(client.display_id(running.id))
+            else:
                 client.notify("command.cancel", Cancel(running.id), control=True)
 
     # -- what kernels say (Listener) ---------------------------------------------

@@ -69,6 +69,7 @@ class AsyncHost:
         engine.pool = pool
         engine.hook = self._hook
         self._engine = engine
+        self.telemetry.pumped_by(pool.pump)
         try:
             await pool.start(self._count)
         except BaseException:

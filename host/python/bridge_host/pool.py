@@ -229,6 +229,7 @@ class Pool:
             {"system_time": time.time_ns(), "lost": lost},
             {"kernel": id, "pid": process.pid, "exit_code": process.exit_code, "expected": self._closed},
         )
+        self._telemetry.abandon(client.display_id(""))
         client.close(
             KernelDied(
                 f"kernel {id[:4]} (pid {process.pid}) ended with exit code {process.exit_code}, {lost} in flight"
@@ -252,6 +253,12 @@ class Pool:
                     self._changed.notify_all()
             else:
                 return
+
+    def pump(self) -> None:
+        """Read what has arrived from every kernel: only from the loop's own thread."""
+        for kernel in self._kernels:
+            if kernel.client is not None:
+                kernel.client.pump()
 
     # -- choosing ----------------------------------------------------------------
 

@@ -54,7 +54,7 @@ def test_the_principles_code_samples_work_word_for_word(shared_host: Host) -> No
     @session.tool
     def validate_prediction(prediction: dict[str, Any], context: dict[str, Any]) -> bool:
         seen.append((prediction, context))
-        return prediction["answer"] == context["question"].upper()
+        return bool(prediction["answer"] == context["question"].upper())
 
     @session.function
     def predict(session_context, inputs):  # type: ignore[no-untyped-def]
@@ -330,7 +330,7 @@ def test_functions_and_async_functions_can_be_tools_of_an_async_host() -> None:
 
             @session.tool
             async def add(a: int, b: int) -> int:
-                return a + b + await session.call("operator.index", 100)
+                return a + b + int(await session.call("operator.index", 100))
 
             session.function("f", "def f(ctx):\n    return ctx.call_tool('add', a=1, b=2)\n")
             results = await asyncio.gather(*(session.call("f") for _ in range(20)))

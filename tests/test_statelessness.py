@@ -13,7 +13,6 @@ import math
 import os
 import random
 import signal
-import threading
 import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -344,7 +343,9 @@ class Run:
 
     def final_state(self) -> Any:
         session, state = self.session, self.session._state
-        variables = {info.name: (info.version, info.type, self.normal(session[info.name])) for info in session.variables()}
+        variables = {
+            info.name: (info.version, info.type, self.normal(session[info.name])) for info in session.variables()
+        }
         instances = []
         for instance in self.instances:
             kept = state.instance(instance.ref)
@@ -388,7 +389,7 @@ def pinned(host: Host, choose: Callable[[list[Any]], Any]) -> None:
 
 
 bounded = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -682,72 +683,73 @@ def test_a_context_says_that_its_command_has_ended(alone: Session, tmp_path: Any
 # -- the kernel's own bookkeeping ---------------------------------------------------------------------
 
 
+HELD = """
+    def held():
+        import gc
+        import bridge_kernel.executor
+        from bridge_kernel.command import RunningCommand
+        from bridge_kernel.connection import Connection
+        bridge_kernel.executor.IDLE_S = 0.05  # so that idle workers end while a test looks
+        gc.collect()
+        objects = gc.get_objects()
+        connections = [o for o in objects if type(o) is Connection]
+        return sum(type(o) is RunningCommand for o in objects), sum(len(c.commands) for c in connections)
+"""
+LOOSE_ENDS = 2
+"""Commands that the kernel's own frames may still name: the one that looks, and the last one the lane refreshed."""
+
+
 def test_after_500_varied_commands_the_kernel_holds_what_it_held_before(quiet: dict[str, Any]) -> None:
     with Host(kernels=1, **quiet) as host:
-        session = Run(host).session
-        session.function(
-            "held",
-            """
-            def held():
-                import gc, threading
-                import bridge_kernel.executor
-                from bridge_kernel.command import RunningCommand
-                from bridge_kernel.connection import Connection
-                bridge_kernel.executor.IDLE_S = 0.05  # so that idle workers end while a test looks
-                gc.collect()
-                objects = gc.get_objects()
-                connections = [o for o in objects if type(o) is Connection]
-                return {
-                    "commands": sum(type(o) is RunningCommand for o in objects),
-                    "in connections": sum(len(c.commands) for c in connections),
-                    "waiting": sum(len(c.__dict__.get("_callbacks", ())) for c in connections),
-                }
-            """,
-        )
-
-        def warm_up() -> None:  # the modules, the loop's thread and every source, once
-            for step in EVERY_KIND:
-                Run.outcome(run, step)
-
         run = Run(host)
-        warm_up()
-        base = session.call("held")
-        assert base["commands"] == base["in connections"] == 1, "only the one that looks"
+        session = run.session
+        session.function("held", HELD)
+        session.call("held")
+        for step in EVERY_KIND:  # the modules, the loop's thread and every source, once
+            run.outcome(step)
         (kernel,) = host.kernels()
-        eventually(lambda: idle_threads(host, kernel.id) <= 6, "the warm-up's workers have ended")
-        threads = idle_threads(host, kernel.id)
-        sources = host.stats()[kernel.id].sources
+        eventually(lambda: session.call("held")[0] <= LOOSE_ENDS, "no command outlives its end")
+        eventually(lambda: threads_of(host) <= 7, "the warm-up's workers have ended")
+        threads, sources = threads_of(host), host.stats()[kernel.id].sources
 
         done = 0
         while done < 500:
             futures: list[Future[Any]] = [session.submit("hoard", i) for i in range(25)]
-            futures += [session.submit("level_async", deadline=600) for _ in range(5)]
+            futures += [session.submit("level_async") for _ in range(5)]
             for future in futures[:25:5]:
                 future.cancel()
-            done += len(futures)
             for step in EVERY_KIND:
                 run.outcome(step)
-                done += 1
             for future in futures:
                 if not future.cancelled():
                     future.exception(timeout=30)
+            done += len(futures) + len(EVERY_KIND)
+
         eventually(lambda: host.stats()[kernel.id].commands["running"] == 1, "only kernel.stats runs")
-        eventually(lambda: idle_threads(host, kernel.id) <= threads, "as many threads as before")
-        after = session.call("held")
-        # The lane keeps a bounded few entries for deadlines that are far off, and their commands with them.
-        assert after["in connections"] == 1
-        assert after["waiting"] == base["waiting"]
-        assert after["commands"] <= 1 + 66
+        eventually(lambda: session.call("held") <= (LOOSE_ENDS, 1), "no command outlives its end")
+        eventually(lambda: threads_of(host) <= threads, "as many threads as before")
         stats = host.stats()[kernel.id]
-        assert stats.sources == sources
-        assert stats.connections == 1
+        assert (stats.sources, stats.connections) == (sources, 1)
         counts = stats.commands
+        assert counts["received"] >= 500
         assert counts["received"] - counts["running"] == counts["succeeded"] + counts["failed"] + counts["cancelled"]
-        assert not any(reason != "late" for reason in stats.dropped)
+        assert set(stats.dropped) <= {"late"}, "a cancel may come after its command's end, and nothing else is dropped"
 
 
-def idle_threads(host: Host, kernel: str) -> int:
-    return host.stats()[kernel].threads
+def test_commands_whose_deadline_is_far_off_are_not_kept_until_then(quiet: dict[str, Any]) -> None:
+    with Host(kernels=1, **quiet) as host:
+        session = host.session()
+        session.function("held", HELD)
+        for _ in range(300):
+            session.call("math.sqrt", 4, deadline=3600)
+        # The lane looks its deadlines through when there are more than 64.
+        assert session.call("held")[0] <= 64 + 8
+
+
+def threads_of(host: Host) -> int:
+    """Of its only kernel; asking for it takes a worker too."""
+    (stats,) = host.stats().values()
+    return stats.threads
 
 
 EVERY_KIND: list[Step] = [

@@ -412,14 +412,20 @@ class Wire:
         )
 
     def events(self, command: int | str) -> list[dict[str, Any]]:
-        """The telemetry of a command so far: events, in order."""
-        shown = [m for m in self.received if m.kind in ("display_data", "update_display_data")]
-        return [
-            event
-            for m in shown
-            if m.parent == self.msg_ids[command]
-            for event in m.content["data"]["application/vnd.bridge.telemetry.v1+json"]["events"]
-        ]
+        """The telemetry of a command that has been answered: events, in order. The last ones follow the answer."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            events = [
+                event
+                for m in self.received
+                if m.kind in ("display_data", "update_display_data") and m.parent == self.msg_ids[command]
+                for event in m.content["data"]["application/vnd.bridge.telemetry.v1+json"]["events"]
+            ]
+            if events and events[-1]["name"][1] == "execution" and events[-1]["name"][2] in ("stop", "exception"):
+                return events
+            left = deadline - time.monotonic()
+            assert left > 0, f"the telemetry of command {command} did not end; so far {events}"
+            self._pump(left)
 
     def heard_of(self, *, timeout_s: float = 1.0) -> bool:
         """Whether the kernel's lane still answers, attached or not."""

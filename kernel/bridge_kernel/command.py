@@ -20,6 +20,7 @@ from .contract.errors import (
     DeadlineExceeded,
     ErrorObject,
     InternalError,
+    LimitExceeded,
     error_object,
     exception_from,
 )
@@ -174,13 +175,13 @@ class RunningCommand:
             self.fail(Cancelled("the command's own code cancelled it"))
         except BaseException as exc:  # noqa: BLE001 - the boundary, as in `run`
             self.fail(exc)
-        finally:
-            self._end()
 
     def _started(self, task: asyncio.Task[None]) -> None:
         with self._lock:
             self._task = task
             stopped = self._stopped
+        # Not in `_finish`: a task cancelled before its first step never runs a line of it.
+        task.add_done_callback(lambda _: self._end())
         if stopped:
             task.cancel()
 
@@ -198,6 +199,7 @@ class RunningCommand:
 
     def _end(self) -> None:
         self.buffers = ()
+        self.output.flush()
         self.runtime.ended(self)
 
     # -- ending ------------------------------------------------------------------
@@ -208,7 +210,7 @@ class RunningCommand:
             if self._stopped or self._answered:
                 return
             self._stopped = True
-            pending, self._pending = list(self._pending.values()), {}
+            pending = list(self._pending.values())
             task = self._task
             if self._thread is not None and not self._waiting:
                 self._raised = True
@@ -218,8 +220,8 @@ class RunningCommand:
         for resolve in pending:
             resolve(CommandStopped(), ())
         if task is not None:
-            self.runtime.executor.call_soon(task.cancel)
-        self.fail(error)
+            self.runtime.executor.cancel(task)
+        self.fail(error, stopping=True)
 
     def expire(self) -> None:
         """Stop it because its deadline passed."""
@@ -250,15 +252,21 @@ class RunningCommand:
         except (msgspec.MsgspecError, TypeError, UnicodeError) as exc:
             self.fail(InternalError(f"the result could not be written: {exc}"))
             return
+        limit = self.runtime.policy.max_message_bytes
+        if (size := len(content) + sum(map(len, answer.buffers))) > limit:
+            self.fail(LimitExceeded(f"the result takes {size} bytes, and a message at most {limit}"))
+            return
         self._answer(content, answer.buffers, None)
 
-    def fail(self, exc: BaseException) -> None:
+    def fail(self, exc: BaseException, *, stopping: bool = False) -> None:
         error = error_object(exc, hidden=OWN_FILES)
-        self._answer(self.connection.failure(self.id, error), (), error)
+        self._answer(self.connection.failure(self.id, error), (), error, stopping=stopping)
 
-    def _answer(self, content: bytes, buffers: Sequence[Buffer], error: ErrorObject | None) -> None:
+    def _answer(
+        self, content: bytes, buffers: Sequence[Buffer], error: ErrorObject | None, *, stopping: bool = False
+    ) -> None:
         with self._lock:
-            if self._answered:
+            if self._answered or (self._stopped and not stopping):
                 return  # it was stopped meanwhile: a late result goes nowhere
             self._answered = True
         self.runtime.count("cancelled" if self._stopped else "succeeded" if error is None else "failed")
@@ -266,6 +274,10 @@ class RunningCommand:
         self.output.flush()
         self.connection.publish(content, buffers, self.parent)
         self.connection.forget(self)
+        with self._lock:
+            left, self._pending = list(self._pending.values()), {}
+        for resolve in left:  # threads that it left behind: nobody will answer them any more
+            resolve(CommandStopped(), ())
         # After the answer: who waits for that should not wait for this too, which is half as much again.
         name = None if error is None or error.data is None else error.data.type
         self.recorder.stop(error=name, queue=self._queue, bytes_in=self._bytes_in, bytes_out=self._bytes_out)
@@ -343,7 +355,12 @@ class RunningCommand:
             return waiter.wait()
         finally:
             if own:
-                self._waiting = False
+                # `stop` leaves a thread that waits alone: one whose reply had come already must see it here.
+                with self._lock:
+                    self._waiting = False
+                    stopped = self._stopped
+                if stopped:
+                    raise CommandStopped
 
     def _result(self, method: str, reply: Reply, buffers: Sequence[Buffer]) -> tuple[Any, Sequence[Buffer]]:
         if isinstance(reply, CommandStopped):

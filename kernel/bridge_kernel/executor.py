@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import queue
 import threading
+import time
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ("CommandStopped", "Executor")
 
+STUCK_S = 0.1
 IDLE_S = 30.0  # an idle worker thread ends after this long
 
 
@@ -34,6 +38,8 @@ class Executor:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._idle = 0
+        self._loop_thread: int | None = None
+        self._cancelled: list[tuple[float, asyncio.Task[None]]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
@@ -77,10 +83,40 @@ class Executor:
     def call_soon(self, function: Callable[..., object], *args: object) -> None:
         self._event_loop().call_soon_threadsafe(function, *args)
 
+    def cancel(self, task: asyncio.Task[None]) -> None:
+        """Cancel `task` where it awaits; one that never does is stopped by `stop_stuck`."""
+        self._event_loop().call_soon_threadsafe(task.cancel)
+        with self._lock:
+            self._cancelled.append((time.monotonic(), task))
+
+    def stop_stuck(self) -> None:
+        """Stop a cancelled task that holds the loop without awaiting: it would hold up every other command.
+
+        Only once it has had its chance: an exception from outside may land a line late, in somebody else's.
+        """
+        if not self._cancelled:
+            return
+        with self._lock:
+            now = time.monotonic()
+            stuck = [task for since, task in self._cancelled if now - since >= STUCK_S and not task.done()]
+            self._cancelled = [(s, task) for s, task in self._cancelled if now - s < STUCK_S and not task.done()]
+        loop = self._event_loop()
+        for task in stuck:
+            if self._loop_thread is not None and asyncio.current_task(loop) is task:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(self._loop_thread), ctypes.py_object(CommandStopped)
+                )
+
+    def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop_thread = threading.get_ident()
+        while True:
+            with contextlib.suppress(CommandStopped):  # it came too late for its task
+                loop.run_forever()
+
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                thread = threading.Thread(target=self._loop.run_forever, name="bridge-loop", daemon=True)
+                thread = threading.Thread(target=self._run_loop, args=(self._loop,), name="bridge-loop", daemon=True)
                 Context().run(thread.start)  # it must not take after the command that happens to come first
             return self._loop

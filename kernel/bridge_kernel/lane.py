@@ -164,10 +164,14 @@ class Lane:
             if now >= next_tick:
                 next_tick = now + TICK_S
                 self._check_subscriptions()
-                for command in self._runtime.active:
-                    command.refresh()
+                self._tick()
                 if (output := self.cell_output) is not None:
                     output.flush()
+
+    def _tick(self) -> None:
+        self._runtime.executor.stop_stuck()
+        for command in self._runtime.active:
+            command.refresh()
 
     def _drain(self, socket: zmq.Socket[bytes], handle: Callable[[Envelope], None]) -> None:
         # At most so many at a time: a flood on one socket must not keep the other, or deadlines, waiting.
@@ -177,9 +181,16 @@ class Lane:
             except zmq.Again:
                 return
             try:
-                handle(self._sockets.codec.unpack(frames))
+                envelope = self._sockets.codec.unpack(frames)
+                if envelope.header.session == self._sockets.codec.session:
+                    raise MalformedFrames("one of our own messages came back")
+                handle(envelope)
             except MalformedFrames as exc:
                 self._drop("malformed", str(exc))
+            except Exception:
+                # A mistake of ours: it costs this message, not the thread that everything depends on.
+                self._runtime.dropped["failed"] += 1
+                log.exception("a message could not be served")
 
     def _drop(self, reason: str, what: str) -> None:
         self._runtime.dropped[reason] += 1
@@ -262,7 +273,7 @@ class Lane:
     def _shut_down(self, socket: zmq.Socket[bytes], envelope: Envelope) -> None:
         try:
             restart = _decode_shutdown(envelope.content).restart
-        except (msgspec.MsgspecError, RecursionError) as exc:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise MalformedFrames(f"shutdown_request: {exc}") from exc
         for connection in self.connections:
             connection.close("the kernel is shutting down")
@@ -283,7 +294,7 @@ class Lane:
     def _comms_asked_for(self, envelope: Envelope) -> dict[str, dict[str, str]]:
         try:
             target = _decode_comm_info(envelope.content).target_name
-        except (msgspec.MsgspecError, RecursionError) as exc:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise MalformedFrames(f"comm_info_request: {exc}") from exc
         return self.comms() if not target or target == COMM_TARGET else {}
 
@@ -358,7 +369,7 @@ class Lane:
     def _params(self, method: Method, raw: msgspec.Raw) -> Any:
         try:
             return _decoders[method.name].decode(raw)
-        except (msgspec.MsgspecError, RecursionError) as exc:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise InvalidParams(f"{method.name}: {exc}") from exc
 
     def _on_message(self, connection: Connection, envelope: Envelope, data: msgspec.Raw) -> None:
@@ -410,7 +421,7 @@ class Lane:
         if method.name == "kernel.drain":
             self._drain_commands(connection, envelope, request.id)
             return
-        if runtime.draining:
+        if runtime.draining and method.name not in ("kernel.stats", "rpc.discover"):
             raise Draining
         if runtime.busy >= runtime.policy.max_commands:
             raise Overloaded(f"{runtime.busy} commands run in this kernel, as many as it takes")

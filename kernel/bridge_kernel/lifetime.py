@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -55,6 +56,12 @@ def end_group() -> None:
     """End at once, together with every process of this kernel's own process group: no grandchild survives."""
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
         os.killpg(os.getpgrp(), signal.SIGKILL)
+    # A wrapper leads the group (`sh -c`), so others may be in it: end what we started, by name.
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
     os._exit(1)
 
 

@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .contract.errors import NotFound
+from .contract.errors import NotFound, PolicyDenied
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -41,6 +41,9 @@ def resolve(path: str, policy: Policy) -> Any:
     module, rest = _import_longest(parts)
     obj: Any = module
     for attribute in rest:
+        if restricted and attribute.startswith("_"):
+            # `json.loads.__globals__.clear`: what lies behind such names belongs to nobody's pattern.
+            raise PolicyDenied(f"{path!r}: {attribute!r} may not be reached in a kernel that restricts names")
         try:
             obj = getattr(obj, attribute)
         except AttributeError:

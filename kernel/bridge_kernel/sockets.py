@@ -179,6 +179,7 @@ def bind(info: ConnectionInfo, *, session: str, max_message_bytes: int) -> Socke
 
     def publishing(socket: zmq.Socket[bytes]) -> None:
         socket.sndhwm = 0
+        socket.setsockopt(zmq.XPUB_VERBOSE, 1)  # each subscriber is welcomed, not only a topic's first
 
     return Sockets(
         context,

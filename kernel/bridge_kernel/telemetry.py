@@ -53,18 +53,23 @@ class Recorder:
 
     def emit(self, name: tuple[str, ...], measurements: dict[str, int | float], metadata: dict[str, Scalar]) -> None:
         """Record one event; the command's own metadata is added to it."""
+        # Here, in the thread of whoever emits: what JSON cannot carry must not be found out by the lane.
+        numbers = {
+            _text(key): value if type(value) in _NUMBERS else float(value) for key, value in measurements.items()
+        }
+        said = {_text(key): _scalar(value) for key, value in metadata.items()}
         with self._lock:
             if len(self._events) >= MAX_EVENTS:
                 self._dropped += 1
             else:
-                self._events.append(Event(name, measurements, {**self._metadata, **metadata}))
+                self._events.append(Event(tuple(map(_text, name)), numbers, {**self._metadata, **said}))
 
     def start(self) -> None:
         self.emit(("bridge", "execution", "start"), {"system_time": time.time_ns()}, {})
 
     def progress(self, done: float, total: float | None, message: str) -> None:
         share = f"{done:g}/{total:g}" if total is not None else f"{done:g}"
-        self._progress = f"{share} {message}".strip()
+        self._progress = _text(f"{share} {message}".strip())
         measurements: dict[str, int | float] = {"done": done}
         if total is not None:
             measurements["total"] = total
@@ -138,6 +143,21 @@ class Recorder:
             }
         )
         self._publish(msg_type, content)
+
+
+_NUMBERS: Final = (int, float)
+
+
+def _text(value: object) -> str:
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _scalar(value: object) -> Scalar:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    return float(value) if isinstance(value, float) else _text(value)
 
 
 def _duration(ns: int) -> str:

@@ -18,7 +18,7 @@ class Point:
             raise ValueError("x is not negative")
 
 
-Pair = namedtuple("Pair", "left right")  # noqa: PYI024 - the plain kind is the one that is meant
+Pair = namedtuple("Pair", "left right")
 
 
 class Colour(Enum):

@@ -16,7 +16,14 @@ import msgspec
 import zmq
 
 from bridge_kernel._version import __version__
-from bridge_kernel.contract.errors import BridgeError, InternalError, KernelDied, KernelStartFailed, exception_from
+from bridge_kernel.contract.errors import (
+    BridgeError,
+    InternalError,
+    KernelDied,
+    KernelStartFailed,
+    LimitExceeded,
+    exception_from,
+)
 from bridge_kernel.contract.frames import (
     FrameCodec,
     Header,
@@ -52,6 +59,7 @@ if TYPE_CHECKING:
 __all__ = ("ConnectionInfo", "KernelClient", "Listener", "Reply", "StreamText")
 
 MAX_MESSAGE_BYTES: Final = 1 << 28
+HEADROOM: Final = 4096  # headers and signature
 RECONNECT_MS: Final = 5
 PUMP_MS: Final = 5
 BURST: Final = 256  # messages read before the loop's other tasks get their turn
@@ -210,10 +218,17 @@ class KernelClient:
 
         Raises:
             BridgeError: the connection is closed, for the reason it gives.
+            LimitExceeded: the message is larger than the kernel takes.
         """
         id = next(self._ids)
-        future = self._expect(id)
         content = comm_message(self._comm_id, encode_request(id, method, params))
+        limit = self.attached.limits.max_message_bytes if self.attached is not None else MAX_MESSAGE_BYTES
+        if (size := len(content) + sum(map(len, buffers))) > limit - HEADROOM:
+            raise LimitExceeded(
+                f"{method} takes {size} bytes, and its kernel takes {limit}",
+                remedy="Send less at once, or start kernels with a larger --Policy.max_message_bytes.",
+            )
+        future = self._expect(id)
         self._send(self._shell, "comm_msg", id, content, buffers)
         return id, future
 
@@ -262,7 +277,7 @@ class KernelClient:
                 return
             try:
                 self._on_frames(frames)
-            except (MalformedFrames, BridgeError, msgspec.MsgspecError):
+            except (MalformedFrames, BridgeError, msgspec.MsgspecError, UnicodeDecodeError):
                 self.dropped += 1
             except BaseException:
                 self._loop.call_soon(self._readable)  # the descriptor will not say again what is left to read

@@ -97,10 +97,13 @@ class BridgeError(Exception):
     default_remedy: ClassVar[str] = "Please report this, with the traceback."
     retryable: bool = False
 
-    def __init__(self, message: str = "", *, remedy: str = "", type: str = "", frames: tuple[Frame, ...] = ()) -> None:
-        super().__init__(message or self.summary)
-        self.message = message or self.summary
-        self.remedy = remedy or self.default_remedy
+    def __init__(
+        self, message: str | None = None, *, remedy: str | None = None, type: str = "", frames: tuple[Frame, ...] = ()
+    ) -> None:
+        # None, not "": what the other side left empty stays so.
+        self.message = self.summary if message is None else message
+        super().__init__(self.message)
+        self.remedy = self.default_remedy if remedy is None else remedy
         self.type = type or f"bridge.{self.__class__.__name__}"
         self.frames = frames
         if frames:
@@ -163,7 +166,7 @@ class RemoteError(BridgeError):
     default_remedy = ""
 
     def __str__(self) -> str:
-        return f"{self.type}: {self.message}"
+        return f"{self.type}: {self.message}" if self.message else self.type
 
 
 class ToolError(BridgeError):
@@ -175,7 +178,7 @@ class ToolError(BridgeError):
     _where = "Tool's"
 
     def __str__(self) -> str:
-        return f"{self.type}: {self.message}"
+        return f"{self.type}: {self.message}" if self.message else self.type
 
 
 class Cancelled(BridgeError):
@@ -305,7 +308,9 @@ ERRORS: Final[dict[int, builtins.type[BridgeError]]] = dict(sorted(_subclasses(B
 """Every error by its code: the table that the OpenRPC document and docs/protocol.md are made from."""
 
 
-def _clip(text: str) -> str:
+def _clip(text: object) -> str:
+    # Plain text that UTF-8 can carry, whatever it was: an error that cannot be sent would never be answered.
+    text = str(text).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT} more characters)"
 
 
@@ -318,7 +323,7 @@ def frames_of(tb: TracebackType | None, *, hidden: str = "") -> tuple[Frame, ...
     """The frames of a traceback, outermost first, without the leading ones whose file starts with `hidden`."""
     # lookup_lines is left on: source that the kernel was sent is in linecache only while its command runs.
     summary = traceback.extract_tb(tb)
-    frames = [Frame(f.filename, f.lineno or 0, f.name, _clip((f.line or "").strip())) for f in summary]
+    frames = [Frame(_clip(f.filename), f.lineno or 0, _clip(f.name), _clip((f.line or "").strip())) for f in summary]
     start = 0
     while hidden and start < len(frames) and frames[start].file.startswith(hidden):
         start += 1
@@ -347,9 +352,11 @@ def error_object(
     """
     if isinstance(exc, BridgeError):
         own = frames_of(exc.__traceback__, hidden=hidden) if isinstance(exc, RemoteError | ToolError) else ()
-        data = ErrorData(exc.type, _clip(exc.message), (own + exc.frames)[-MAX_FRAMES:], exc.retryable, exc.remedy)
-        return ErrorObject(exc.code, _clip(str(exc)), data)
-    name, message = qualified_name(type(exc)), _clip(_message_of(exc))
+        data = ErrorData(
+            _clip(exc.type), _clip(exc.message), (own + exc.frames)[-MAX_FRAMES:], exc.retryable, _clip(exc.remedy)
+        )
+        return ErrorObject(exc.code, _clip(_message_of(exc)), data)
+    name, message = _clip(qualified_name(type(exc))), _clip(_message_of(exc))
     frames = frames_of(exc.__traceback__, hidden=hidden)
     text = f"{name}: {message}" if message else name
     return ErrorObject(wrap.code, text, ErrorData(name, message, frames, remedy=wrap.default_remedy))

@@ -171,7 +171,7 @@ class FrameCodec:
         self._seen.add(signature)
         try:
             decoded = _decode_header(header)
-        except (msgspec.MsgspecError, RecursionError) as exc:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise MalformedFrames(f"header: {exc}") from exc
         identities = [bytes(f) for f in frames[:start]]
         return Envelope(identities, decoded, header, parent, metadata, content, frames[start + 6 :])
@@ -185,7 +185,7 @@ def comm_content(content: bytes) -> CommMessage:
     """
     try:
         return _decode_comm(content)
-    except (msgspec.MsgspecError, RecursionError) as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
         raise MalformedFrames(f"comm content: {exc}") from exc
 
 

@@ -91,7 +91,7 @@ def decode_message(data: bytes | memoryview | msgspec.Raw) -> Message:
         env = _decode(data)
     except msgspec.ValidationError as exc:
         raise InvalidRequest(f"not a JSON-RPC 2.0 message: {exc}") from exc
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ParseError(f"not JSON: {exc}") from exc
     unset = msgspec.UNSET
     answers = (env.result is not unset) + (env.error is not unset)

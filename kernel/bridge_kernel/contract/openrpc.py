@@ -58,10 +58,24 @@ def _method(method: Method, schemas: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
+def _draft_7(node: Any) -> Any:
+    """Tuples as JSON Schema 7 writes them, which is what OpenRPC 1.3 reads: msgspec writes those of 2020-12."""
+    if isinstance(node, list):
+        return [_draft_7(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _draft_7(value) for key, value in node.items()}
+    if "prefixItems" in node:
+        node["additionalItems"] = node.pop("items", True)
+        node["items"] = node.pop("prefixItems")
+    return node
+
+
 def document() -> dict[str, Any]:
     """An OpenRPC 1.3 document: every method of both directions, every schema, every error code."""
     types = [t for m in METHODS for t in (m.params, m.result) if t is not None]
     _, schemas = msgspec.json.schema_components([*dict.fromkeys(types), EventBatch], ref_template=_REF)
+    schemas = _draft_7(schemas)
     schemas["Value"] = _VALUE_SCHEMA
     return {
         "openrpc": "1.3.2",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import inspect
 import os
 import threading
@@ -28,8 +27,8 @@ from .contract.messages import Failure, Success
 from .contract.methods import CALLBACKS, FunctionStream
 from .contract.telemetry import Trace
 from .credit import Credit
-from .executor import CommandStopped
 from .output import CURRENT, Output
+from .stops import CommandStopped, calm, stop_thread
 from .telemetry import Recorder
 
 if TYPE_CHECKING:
@@ -131,7 +130,6 @@ class RunningCommand:
         self._stopped = False
         self._thread: int | None = None
         self._waiting = False
-        self._raised = False  # whether CommandStopped was raised in the thread from outside
         self._task: asyncio.Task[None] | None = None
         self._pending: dict[int, Callable[[Reply, Sequence[Buffer]], None]] = {}
 
@@ -190,9 +188,8 @@ class RunningCommand:
         while True:
             try:
                 with self._lock:
-                    if self._raised and self._thread is not None:
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
                     self._thread = None
+                calm()
                 return
             except CommandStopped:
                 continue
@@ -213,10 +210,7 @@ class RunningCommand:
             pending = list(self._pending.values())
             task = self._task
             if self._thread is not None and not self._waiting:
-                self._raised = True
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self._thread), ctypes.py_object(CommandStopped)
-                )
+                stop_thread(self._thread)
         for resolve in pending:
             resolve(CommandStopped(), ())
         if task is not None:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import queue
 import threading
 import time
 from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
+from .stops import CommandStopped, stop_thread
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-__all__ = ("CommandStopped", "Executor")
+__all__ = ("Executor",)
 
 STUCK_S = 0.1
 IDLE_S = 30.0  # an idle worker thread ends after this long
-
-
-class CommandStopped(BaseException):
-    """Raised inside the code of a command that was cancelled or ran out of time.
-
-    A BaseException, as `asyncio.CancelledError` is: `except Exception` must not hold on to a dead command.
-    """
 
 
 class Executor:
@@ -103,9 +97,7 @@ class Executor:
         loop = self._event_loop()
         for task in stuck:
             if self._loop_thread is not None and asyncio.current_task(loop) is task:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self._loop_thread), ctypes.py_object(CommandStopped)
-                )
+                stop_thread(self._loop_thread)
 
     def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop_thread = threading.get_ident()

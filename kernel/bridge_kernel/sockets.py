@@ -14,6 +14,7 @@ import msgspec
 import zmq
 
 from .contract.frames import FrameCodec, send
+from .stops import shielded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,7 +84,7 @@ class Iopub:
         return int(self._socket.getsockopt(zmq.FD))
 
     def send(self, frames: Sequence[Buffer]) -> None:
-        with self._lock:
+        with shielded(), self._lock:
             send(self._socket, frames)
             # The descriptor is edge-triggered: a subscription that arrived during the send would not wake the poller.
             if int(self._socket.getsockopt(_EVENTS)) & _POLLIN:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..contract.errors import InvalidParams
 from ..contract.values import register_record
-from ..executor import CommandStopped
+from ..stops import CommandStopped
 from ..values import ValueReader
 
 if TYPE_CHECKING:

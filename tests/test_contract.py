@@ -37,6 +37,7 @@ from bridge_kernel.contract.errors import (
 from bridge_kernel.contract.frames import DELIMITER, FrameCodec, MalformedFrames
 from bridge_kernel.contract.messages import Failure, Notification, Request, Success, decode_message
 from bridge_kernel.contract.telemetry import Event, EventBatch, Trace
+from bridge_kernel.contract.values import Decoder
 
 ROOT = Path(__file__).parent.parent
 VECTORS = Path(__file__).parent / "vectors"
@@ -831,3 +832,18 @@ def test_the_contract_knows_no_sockets_no_threads_no_loop_and_no_clock() -> None
         assert not {n for n in names if _is(n, "zmq", "asyncio", "threading", "socket", "time")}, path
         of_kernel = {n for n in names if _is(n, "bridge_kernel")}
         assert not {n for n in of_kernel if not _is(n, "bridge_kernel.contract", "bridge_kernel._version")}, path
+
+
+def test_every_value_inside_a_message_vector_is_a_value() -> None:
+    def check(tree: Any, buffers: list[bytes]) -> int:
+        if isinstance(tree, dict) and "$bridge" in tree:
+            Decoder(buffers).decode(tree)
+            return 1
+        inside = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+        return sum(check(part, buffers) for part in inside)
+
+    checked = 0
+    for vector in MESSAGES["messages"]:
+        buffers = [base64.b64decode(buffer) for buffer in vector["buffers"]]
+        checked += check(vector["jsonrpc"], buffers)
+    assert checked > 3

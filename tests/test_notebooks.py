@@ -33,7 +33,7 @@ EACH = pytest.mark.parametrize(
 
 
 def read(path: Path) -> Any:
-    return nbformat.read(path, as_version=4)
+    return nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -53,7 +53,7 @@ def executed(path: Path) -> Any:
             coalesce_streams=True,
             resources={"metadata": {"path": directory}},
         )
-        client.execute(env={**os.environ, "IPYTHONDIR": directory})
+        client.execute(cleanup_kc=True, env={**os.environ, "IPYTHONDIR": directory})
     return notebook
 
 

@@ -14,7 +14,6 @@ import os
 import random
 import signal
 import time
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +25,7 @@ from conftest import KERNELSIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
 
 Step = tuple[Any, ...]
 
@@ -148,7 +148,7 @@ FUNCTIONS = {
 }
 FUNCTIONS["print_"] = FUNCTIONS.pop("print")
 
-METHODS = {
+METHODS: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
     "accounts.Account": [("deposit", (3,)), ("deposit_later", (4,)), ("look", ()), ("owner", ()), ("withdraw", ())],
     "accounts.Diary": [("write", ("a page",)), ("write", ("another",)), ("pages", ())],
     "accounts.Locked": [("more", ()), ("more", ()), ("count", ())],

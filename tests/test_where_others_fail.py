@@ -29,7 +29,7 @@ import uuid
 import weakref
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import psutil
@@ -86,6 +86,14 @@ def running(host: Host) -> int:
     return sum(stats.commands["running"] - 1 for stats in host.stats().values())
 
 
+async def idle(host: AsyncHost) -> None:
+    """Until its kernels run nothing but the command that asks."""
+    async with asyncio.timeout(10):
+        busy = True
+        while busy:
+            busy = any(stats.commands["running"] > 1 for stats in (await host.stats()).values())
+
+
 def only_on(host: Host, number: int) -> None:
     """Send every command to the kernel of that number."""
     pool = host._host.engine.pool
@@ -117,7 +125,7 @@ class Script:
         assert line, "the script has ended"
         return json.loads(line)
 
-    def __enter__(self) -> Script:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -143,14 +151,19 @@ def test_1_a_dict_sent_to_call_elixir_tool_arrives_as_that_dict(session: Session
 
     wait = "await " if kind == "async def" else ""
     session.function("f", f"{kind} f(ctx, arguments):\n    return {wait}ctx.{name}('take', arguments)\n")
-    arguments = {"text": "a b", "rows": [1, "2", None, [True]], "options": {"deep": {"er": [{}]}}, "nothing": None}
+    arguments: dict[str, Any] = {
+        "text": "a b",
+        "rows": [1, "2", None, [True]],
+        "options": {"deep": {"er": [{}]}},
+        "nothing": None,
+    }
     assert session.call("f", arguments) == "taken"
     assert got == [("a b", [1, "2", None, [True]], {"deep": {"er": [{}]}}, None)]
 
 
 # -- 2: values ---------------------------------------------------------------------------------------
 
-VALUES = {
+VALUES: dict[str, Any] = {
     "None": None,
     "12": 12,
     "12.0": 12.0,
@@ -290,7 +303,7 @@ def test_4_deleting_a_session_frees_its_tools_instances_functions_and_variables(
     class Held:
         big = b"x" * 1000
 
-    def make_tool() -> Any:
+    def make_tool(session: Session) -> Any:
         held = Held()  # what the tool keeps alive
 
         def look() -> int:
@@ -299,7 +312,7 @@ def test_4_deleting_a_session_frees_its_tools_instances_functions_and_variables(
         session.tool(look)
         return weakref.ref(held), weakref.ref(look)
 
-    references = make_tool()
+    references = make_tool(session)
     session["x"] = 1
     session.function("f", "def f(ctx):\n    return ctx.call_tool('look')\n")
     instance = session.create("collections.Counter", "ab")
@@ -337,7 +350,7 @@ def test_4_thousands_of_sessions_leave_nothing_in_the_kernel(lonely_host: Host) 
         lonely_host.delete_session(session.id)
     (after,) = lonely_host.stats().values()
     assert lonely_host.sessions() == []
-    assert after.commands["running"] == 1
+    eventually(lambda: running(lonely_host) == 0, "no command runs on")
     assert after.sources == before.sources
     assert after.threads <= before.threads + 8
 
@@ -499,7 +512,8 @@ def test_7_the_end_of_a_hundred_thousand_small_chunks_arrives() -> None:
 def test_7_the_end_arrives_wherever_the_window_stands(session: Session, n: int) -> None:
     session.function("count", COUNT)
     session.function(
-        "count_async", "async def count_async(n, fail):\n" + "    for i in range(n):\n        yield i\n    1 / (not fail)\n"
+        "count_async",
+        "async def count_async(n, fail):\n" + "    for i in range(n):\n        yield i\n    1 / (not fail)\n",
     )
     stream = session.stream("count", n)
     assert (list(stream), stream.result) == (list(range(n)), "end")
@@ -616,9 +630,7 @@ def test_7_a_producer_stops_however_an_asynchronous_client_leaves(leave: str) ->
             assert reader.done()
             if not reader.cancelled():
                 reader.exception()
-            async with asyncio.timeout(10):
-                while any(stats.commands["running"] > 1 for stats in (await host.stats()).values()):
-                    await asyncio.sleep(0.01)
+            await idle(host)
 
     asyncio.run(main())
 
@@ -736,22 +748,15 @@ def test_8_fifty_tools_that_block_starve_neither_health_checks_nor_other_command
     session = lonely_host.session()
     inside, release = threading.Semaphore(0), threading.Event()
 
-    if kind == "sync":
+    def block(number: int) -> int:
+        inside.release()
+        assert release.wait(30)
+        return number
 
-        @session.tool
-        def block(number: int) -> int:
-            inside.release()
-            assert release.wait(30)
-            return number
-    else:
+    async def block_async(number: int) -> int:
+        return await asyncio.to_thread(block, number)
 
-        @session.tool
-        async def block(number: int) -> int:
-            inside.release()
-            while not release.is_set():
-                await asyncio.sleep(0.005)
-            return number
-
+    session.tool(block if kind == "sync" else block_async, name="block")
     session.function("f", "def f(ctx, n):\n    return ctx.call_tool('block', number=n)\n")
     session.function("g", "async def g(ctx, n):\n    return await ctx.call_tool('block', number=n)\n")
     futures = [session.submit("fg"[n % 2], n) for n in range(50)]
@@ -813,7 +818,14 @@ def test_9_without_a_deadline_there_is_none_anywhere(session: Session, kind: str
     session.function("left", f"{kind} left(ctx):\n    return ctx.deadline\n")
     session.function("outer", f"{kind} outer(ctx):\n    return ctx.deadline, {wait}ctx.call_tool('inner')\n")
     assert session.call("outer") == (None, None)
-    methods = [Session.call, Session.submit, Session.stream, Session.create, Session.inspect, bridge_host.Instance.call]
+    methods: list[Any] = [
+        Session.call,
+        Session.submit,
+        Session.stream,
+        Session.create,
+        Session.inspect,
+        bridge_host.Instance.call,
+    ]
     assert {inspect.signature(method).parameters["deadline"].default for method in methods} == {None}
 
 
@@ -890,7 +902,9 @@ def test_10_the_memory_that_is_reported_is_the_kernels_own(wrapped: str) -> None
             release.wait(30)
 
         (before,) = host.stats().values()
-        session.function("f", "def f(ctx):\n    big = b'x' * (200 << 20)\n    ctx.call_tool('hold')\n    return len(big)\n")
+        session.function(
+            "f", "def f(ctx):\n    big = b'x' * (200 << 20)\n    ctx.call_tool('hold')\n    return len(big)\n"
+        )
         future = session.submit("f")
         try:
             assert held.wait(30)
@@ -936,9 +950,7 @@ def test_11_cancelling_an_awaiting_task_cancels_in_the_kernel() -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            async with asyncio.timeout(10):
-                while any(stats.commands["running"] > 1 for stats in (await host.stats()).values()):
-                    await asyncio.sleep(0.01)
+            await idle(host)
 
     asyncio.run(main())
 
@@ -1020,10 +1032,22 @@ HOST_FILES = [
     *Path(bridge_host.__file__).parent.rglob("*.py"),
     *Path(bridge_kernel.contract.__file__).parent.rglob("*.py"),
 ]
-UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "copyreg", "imp", "runpy"}
+UNPICKLERS = {
+    "pickle",
+    "_pickle",
+    "cPickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+    "copyreg",
+    "imp",
+    "runpy",
+}
 RUNNERS = {"eval", "exec", "compile", "__import__", "import_module", "loads", "load_module", "exec_module", "unpickle"}
 MAY_IMPORT = ("arrays.py", "importlib.import_module(name)")
-"""`library(name)`, whose callers must name what they want in so many letters."""
+"""`library(name)`: numpy, pandas, polars or pyarrow. That a peer cannot choose another is tested below."""
 
 
 @pytest.mark.parametrize("path", HOST_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -1036,7 +1060,9 @@ def test_12_no_file_of_the_host_can_unpickle_or_run_what_it_is_sent(path: Path) 
             names = {(node.module or "").split(".")[0]} if not node.level else set()
         elif isinstance(node, ast.Call):
             called = node.func
-            name = called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
+            name = (
+                called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
+            )
             if name == "compile" and isinstance(called, ast.Attribute):
                 assert isinstance(called.value, ast.Name)
                 assert called.value.id == "re", ast.unparse(node)
@@ -1044,8 +1070,6 @@ def test_12_no_file_of_the_host_can_unpickle_or_run_what_it_is_sent(path: Path) 
             names = {name} & RUNNERS
             if (path.name, ast.unparse(node)) == MAY_IMPORT:
                 continue
-            if name == "library":
-                assert isinstance(node.args[0], ast.Constant), ast.unparse(node)
             assert "allow_pickle" not in {word.arg for word in node.keywords if not is_false(word.value)}
         else:
             continue
@@ -1066,7 +1090,9 @@ def test_12_classes_that_only_the_kernel_knows_arrive_as_records_and_go_back_as_
     assert {type(made[name]) for name in ("point", "pair", "colour")} == {Record}
     assert made["point"]._class_name == "traps.Point"
     assert (made["point"].x, made["list"][0].y) == (1, 6)
-    session.function("types", "def types(x):\n    return [type(v).__qualname__ for v in (x['point'], x['pair'], x['colour'])]\n")
+    session.function(
+        "types", "def types(x):\n    return [type(v).__qualname__ for v in (x['point'], x['pair'], x['colour'])]\n"
+    )
     assert session.call("types", made) == ["Point", "Pair", "Colour"]
     with pytest.raises(RemoteError, match="caught") as caught:
         session.call("traps.fail")
@@ -1081,7 +1107,10 @@ def test_12_a_pickle_is_kept_and_passed_on_and_never_opened_by_the_host(session:
     session["data"] = data
     seen: list[Any] = []
     session.tool(lambda x: seen.append(x), name="take")
-    session.function("f", "def f(ctx):\n    x = ctx.get_variable('data')\n    ctx.call_tool('take', x=x)\n    yield x\n    raise ValueError(x)\n")
+    session.function(
+        "f",
+        "def f(ctx):\n    x = ctx.get_variable('data')\n    ctx.call_tool('take', x=x)\n    yield x\n    raise ValueError(x)\n",
+    )
     with pytest.raises(RemoteError):
         for value in session.stream("f"):
             assert value == data
@@ -1106,6 +1135,13 @@ FORGED = {
     "a registered class": {"$bridge": "record", "class": "subprocess.Popen", "fields": {"args": "touch {marker}"}},
     "a module to import": {"$bridge": "dataclass", "class": "traps.Point", "fields": {"x": 1, "y": 2}},
     "objects in an array": {"$bridge": "ndarray", "dtype": "|O", "shape": [1], "order": "C", "buffer": 0},
+    "a table of another library": {
+        "$bridge": "arrow",
+        "library": "traps",
+        "type": "traps",
+        "class": "traps",
+        "buffer": 0,
+    },
     "a kind of its own": {"$bridge": "pickle", "buffer": 0},
     "nothing at all": {"$bridge": None},
     "a reduce": {"$bridge": "reduce", "class": "os.system", "args": ["touch {marker}"]},
@@ -1125,7 +1161,9 @@ def test_12_a_forged_value_is_refused_or_a_record_and_runs_nothing(tree: Any, tm
     else:
         assert type(value["deep"][0]) is Record
     assert not marker.exists()
-    assert not {name for name in set(sys.modules) - before if name.partition(".")[0] in ("traps", "subprocess", "pickle")}
+    assert not {
+        name for name in set(sys.modules) - before if name.partition(".")[0] in ("traps", "subprocess", "pickle")
+    }
 
 
 class Touch:

@@ -99,6 +99,7 @@ class RunningCommand:
     ) -> None:
         self.runtime = runtime
         self.connection = connection
+        self.counted = False  # set when it is taken to be run: a ping is no work
         self.credit = Credit(params.credit if isinstance(params, FunctionStream) else 0)
         self.id = id
         self.method = method
@@ -263,7 +264,8 @@ class RunningCommand:
             if self._answered or (self._stopped and not stopping):
                 return  # it was stopped meanwhile: a late result goes nowhere
             self._answered = True
-        self.runtime.count("cancelled" if self._stopped else "succeeded" if error is None else "failed")
+        if self.counted:
+            self.runtime.count("cancelled" if self._stopped else "succeeded" if error is None else "failed")
         self._bytes_out += len(content) + sum(map(len, buffers))
         self.output.flush()
         self.connection.publish(content, buffers, self.parent)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any, Final
 
 from .contract.errors import Cancelled
 from .contract.frames import comm_close, comm_message
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Connection",)
 
+MAX_CANCELLED: Final = 256  # commands cancelled before they came
+
 
 class Connection:
     """The comm between this kernel and one host. Everything published about its commands has its topic as prefix."""
@@ -32,6 +35,8 @@ class Connection:
         self.session = ""
         self.commands: dict[int | str, RunningCommand] = {}
         self._callbacks: dict[int, RunningCommand] = {}
+        self._cancelled: OrderedDict[int | str, None] = OrderedDict()
+        self._last_id = 0
         self._iopub = iopub
         self._publisher = publisher
 
@@ -56,6 +61,21 @@ class Connection:
         self._iopub.send(
             self._publisher.frames([self.topic + b"." + msg_type.encode()], msg_type, content, parent=parent)
         )
+
+    def cancelled_early(self, id: int | str) -> bool:
+        """Remember to cancel a command that has not come yet; False if it has come and gone, as its number tells."""
+        if isinstance(id, int) and id <= self._last_id:
+            return False
+        self._cancelled[id] = None
+        if len(self._cancelled) > MAX_CANCELLED:
+            self._cancelled.popitem(last=False)
+        return True
+
+    def was_cancelled(self, id: int | str) -> bool:
+        """Whether the command that comes now was cancelled before. Numbers are taken to rise, as hosts count."""
+        if isinstance(id, int):
+            self._last_id = max(self._last_id, id)
+        return self._cancelled.pop(id, id) is None
 
     def expect(self, id: int, command: RunningCommand) -> None:
         self._callbacks[id] = command

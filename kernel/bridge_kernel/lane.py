@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import zmq
 
-from .command import RunningCommand
+from .command import Answer, RunningCommand
 from .commands import HANDLERS, subject
 from .connection import Connection
 from .contract.errors import (
@@ -397,8 +397,14 @@ class Lane:
         if method is None or method.side != "host":
             self._drop("unknown", f"notification {message.method!r}")
             return
-        params = self._params(method, message.params)
+        try:
+            params = self._params(method, message.params)
+        except InvalidParams as exc:
+            self._drop("malformed", str(exc))  # a notification is never answered
+            return
         command = connection.commands.get(params.command)
+        if command is None and isinstance(params, Cancel) and connection.cancelled_early(params.command):
+            return  # control is read before shell: the command may be on its way still
         if command is None:
             self._drop("late", f"{message.method} for a command that has ended")
         elif isinstance(params, Cancel):
@@ -414,17 +420,13 @@ class Lane:
             raise InvalidRequest(f"command {request.id!r} is running: an id names one command")
         params: Command = self._params(method, request.params)
         runtime = self._runtime
-        if method.name == "kernel.ping":
-            pong = Pong(runtime.identity.id, runtime.busy)
-            connection.publish(connection.success(request.id, pong), parent=envelope.raw_header)
-            return
-        if method.name == "kernel.drain":
-            self._drain_commands(connection, envelope, request.id)
-            return
-        if runtime.draining and method.name not in ("kernel.stats", "rpc.discover"):
+        at_once = method.name in ("kernel.ping", "kernel.drain")
+        if runtime.draining and not at_once and method.name not in ("kernel.stats", "rpc.discover"):
             raise Draining
-        if runtime.busy >= runtime.policy.max_commands:
+        if runtime.busy >= runtime.policy.max_commands and not at_once:
             raise Overloaded(f"{runtime.busy} commands run in this kernel, as many as it takes")
+        if connection.was_cancelled(request.id):
+            raise Cancelled(f"{method.name} was cancelled before it began")
         command = RunningCommand(
             runtime,
             connection,
@@ -437,13 +439,15 @@ class Lane:
             bytes_in=size,
         )
         connection.commands[request.id] = command
+        if method.name == "kernel.ping":
+            command.succeed(Answer(Pong(runtime.identity.id, runtime.busy)))
+            return
+        if method.name == "kernel.drain":
+            runtime.draining = True
+            drained = Answer(Drained(runtime.busy))
+            runtime.when_idle(lambda: command.succeed(drained))
+            return
         runtime.started(command)
         if command.deadline is not None:
             self._watch_deadline(command.deadline, command)
         runtime.executor.submit(partial(command.run, HANDLERS[request.method]))
-
-    def _drain_commands(self, connection: Connection, envelope: Envelope, id: int | str) -> None:
-        runtime = self._runtime
-        runtime.draining = True
-        drained = Drained(runtime.busy)
-        runtime.when_idle(lambda: connection.publish(connection.success(id, drained), parent=envelope.raw_header))

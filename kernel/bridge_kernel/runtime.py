@@ -52,6 +52,7 @@ class Runtime:
     def started(self, command: RunningCommand) -> None:
         with self._lock:
             self._active[command] = None
+            command.counted = True
             self._counts["received"] += 1
 
     def ended(self, command: RunningCommand) -> None:

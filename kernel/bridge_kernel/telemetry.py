@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from .contract.errors import type_of
 from .contract.telemetry import TELEMETRY_MIME, Event, EventBatch, Scalar
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Recorder:
         try:
             yield metadata
         except BaseException as exc:
-            metadata["error"] = type(exc).__name__
+            metadata["error"] = type_of(exc)
             self.emit((*name, "exception"), {"duration": time.perf_counter_ns() - began}, metadata)
             raise
         self.emit((*name, "stop"), {"duration": time.perf_counter_ns() - began}, metadata)

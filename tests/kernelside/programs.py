@@ -7,7 +7,7 @@ from typing import Any
 import dspy
 
 
-class Program(dspy.Module):
+class Program(dspy.Module):  # type: ignore[misc]  # dspy has no types
     def __init__(self, signature: str = "question -> answer") -> None:
         super().__init__()
         self.predict = dspy.Predict(signature)

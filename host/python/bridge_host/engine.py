@@ -24,6 +24,7 @@ from bridge_kernel.contract.errors import (
     SourceMissing,
     ToolError,
     error_object,
+    type_of,
 )
 from bridge_kernel.contract.methods import (
     CALLBACKS,
@@ -238,7 +239,7 @@ class Engine:
         trace = running.trace
         self.telemetry.settle(
             client.display_id(running.id),
-            f"✗ {running.subject}  {duration / 1e6:.1f} ms · KernelDied",
+            f"✗ {running.subject}  {duration / 1e6:.1f} ms · bridge.KernelDied",
             Event(
                 ("bridge", "execution", "exception"),
                 {"duration": duration},
@@ -246,7 +247,7 @@ class Engine:
                     "command": running.method,
                     "subject": running.subject,
                     "success": False,
-                    "error": "KernelDied",
+                    "error": "bridge.KernelDied",
                     "session": running.session.id,
                     "kernel": client.attached.kernel.id if client.attached is not None else "",
                     "attempt": attempt,
@@ -444,12 +445,12 @@ class Engine:
                 client.answer(id, answer, writer.buffers)
                 outcome = "stop"
             except (Exception, SystemExit) as exc:  # noqa: BLE001 - the boundary: what a tool raises goes to who called it
-                metadata["error"] = type(exc).__name__
+                metadata["error"] = type_of(exc)
                 client.refuse(id, error_object(exc, wrap=ToolError, hidden=OWN_FILES))
             finally:
                 running.remove(scope)
         if scope.cancelled_caught:
-            metadata["error"] = "Cancelled"
+            metadata["error"] = "bridge.Cancelled"
         self.telemetry.emit(("bridge", "tool", outcome), {"duration": time.perf_counter_ns() - began}, metadata)
 
 

@@ -226,7 +226,7 @@ class Pool:
         id = attached.kernel.id if attached is not None else ""
         self._telemetry.emit(
             ("bridge", "kernel", "stop"),
-            {"system_time": time.time_ns(), "lost": lost},
+            {"duration": round((time.monotonic() - born) * 1e9), "system_time": time.time_ns(), "lost": lost},
             {"kernel": id, "pid": process.pid, "exit_code": process.exit_code, "expected": self._closed},
         )
         self._telemetry.abandon(client.display_id(""))

@@ -13,7 +13,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..contract.errors import InvalidParams
+from ..contract.errors import InvalidParams, type_of
 from ..contract.values import register_record
 from ..stops import CommandStopped
 from ..values import ValueReader
@@ -130,7 +130,7 @@ def _tap(dspy: Any, command: RunningCommand) -> Any:
             return
         name, started, metadata = entry
         if exception is not None:
-            metadata["error"] = type(exception).__name__
+            metadata["error"] = type_of(exception)
         last = "stop" if exception is None else "exception"
         command.recorder.emit((*name, last), {"duration": time.perf_counter_ns() - started}, metadata)
 

@@ -48,6 +48,7 @@ __all__ = (
     "ToolError",
     "error_object",
     "exception_from",
+    "type_of",
 )
 
 MAX_FRAMES: Final = 64  # traceback frames on the wire: both ends of a recursion, not its middle
@@ -219,9 +220,7 @@ class Conflict(BridgeError):
 class PolicyDenied(BridgeError):
     code = -32007
     summary = "The kernel's policy does not allow this."
-    default_remedy = (
-        "Widen the policy where the kernel is started: see `jupyter bridge contract`, or Policy's docstring."
-    )
+    default_remedy = "Widen the policy where the kernel is started, e.g. Host(arguments=['--Policy.allow_names=*'])."
 
 
 class InvalidArguments(BridgeError, ValueError):
@@ -317,6 +316,11 @@ def _clip(text: object) -> str:
 def qualified_name(cls: builtins.type) -> str:
     """`ValueError` for a builtin, `package.module.Class` for anything else."""
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def type_of(exc: BaseException) -> str:
+    """What the wire and telemetry call an exception's type: the remote one's own name, if it is remote."""
+    return exc.type if isinstance(exc, BridgeError) else qualified_name(type(exc))
 
 
 def frames_of(tb: TracebackType | None, *, hidden: str = "") -> tuple[Frame, ...]:

@@ -846,4 +846,4 @@ def test_every_value_inside_a_message_vector_is_a_value() -> None:
     for vector in MESSAGES["messages"]:
         buffers = [base64.b64decode(buffer) for buffer in vector["buffers"]]
         checked += check(vector["jsonrpc"], buffers)
-    assert checked > 3
+    assert checked >= 2

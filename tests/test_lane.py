@@ -210,7 +210,7 @@ def test_one_host_cannot_cancel_anothers_command(kernel: Kernel, host: Wire) -> 
     running = host.call(GATED)
     asked = host.callback("gate")
     intruder.cancel(running)
-    assert intruder.request("kernel.ping").error is None, "what was sent on control has been read by now"
+    assert intruder.heard_of(), "what was sent on control has been read by now"
     host.answer(asked, {"value": 1})
     assert host.reply(running).value == 1
 

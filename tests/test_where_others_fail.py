@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import psutil
 import pytest
+from jupyter_client.manager import AsyncKernelManager
 
 import bridge_host
 import bridge_kernel.contract
@@ -435,6 +436,38 @@ def test_5_kernels_and_their_children_end_within_five_seconds_of_a_host_that_is_
                     os.kill(pid, signal.SIGKILL)
 
 
+def test_5_a_host_that_is_closed_while_it_starts_a_kernel_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[int] = []
+    up = threading.Event()
+    start_kernel = AsyncKernelManager.start_kernel
+
+    async def slowly(manager: Any, **options: Any) -> None:
+        await start_kernel(manager, **options)
+        launched.append(manager.provisioner.pid)
+        if len(launched) > 1:  # the replacement: it serves already, and its start is not over
+            while not list(Path(manager.ip).parent.glob(Path(manager.ip).name + "-*")):
+                await asyncio.sleep(0.01)
+            up.set()
+            await asyncio.sleep(600)
+
+    monkeypatch.setattr(AsyncKernelManager, "start_kernel", slowly)
+    host = Host()
+    try:
+        os.kill(host.kernels()[0].pid, signal.SIGKILL)
+        assert up.wait(10)
+    finally:
+        host.close()
+    try:
+        assert len(launched) == 2
+        eventually(lambda: all(map(gone, launched)), "no process is left", seconds=5)
+    finally:
+        for pid in launched:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
 def test_5_twenty_kernels_started_at_once_do_not_collide() -> None:
     with Host(kernels=20) as host:
         kernels = host.kernels()
@@ -754,7 +787,10 @@ def test_8_fifty_tools_that_block_starve_neither_health_checks_nor_other_command
         return number
 
     async def block_async(number: int) -> int:
-        return await asyncio.to_thread(block, number)
+        inside.release()
+        while not release.is_set():  # noqa: ASYNC110 - it is set from a thread that is not the loop's
+            await asyncio.sleep(0.005)
+        return number
 
     session.tool(block if kind == "sync" else block_async, name="block")
     session.function("f", "def f(ctx, n):\n    return ctx.call_tool('block', number=n)\n")

@@ -445,7 +445,7 @@ def test_5_a_host_that_is_closed_while_it_starts_a_kernel_leaves_no_process(monk
         await start_kernel(manager, **options)
         launched.append(manager.provisioner.pid)
         if len(launched) > 1:  # the replacement: it serves already, and its start is not over
-            while not list(Path(manager.ip).parent.glob(Path(manager.ip).name + "-*")):
+            while not list(Path(manager.ip).parent.glob(Path(manager.ip).name + "-*")):  # noqa: ASYNC110 - files
                 await asyncio.sleep(0.01)
             up.set()
             await asyncio.sleep(600)

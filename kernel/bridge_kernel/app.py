@@ -16,7 +16,6 @@ from traitlets import Dict, Unicode
 from traitlets.config import Application, Configurable
 
 from ._version import __version__
-from .commands.dspy import register as register_dspy
 from .lane import Lane
 from .lifetime import Parent, end_group, leave
 from .output import capture, inherit_in_threads
@@ -73,7 +72,6 @@ class BridgeKernelApp(Application):
             return
         inherit_in_threads()
         capture()
-        register_dspy()
         self._serve(runtime, info, sockets)
 
     def _serve(self, runtime: Runtime, info: ConnectionInfo, sockets: Sockets) -> None:

@@ -22,6 +22,7 @@ from .contract.errors import (
     LimitExceeded,
     error_object,
     exception_from,
+    redacted,
 )
 from .contract.messages import Failure, Success
 from .contract.methods import CALLBACKS, FunctionStream
@@ -44,6 +45,8 @@ __all__ = ("Answer", "RunningCommand")
 
 OWN_FILES: Final = os.path.dirname(__file__) + os.sep
 """Frames of the kernel's own files are left out at the head of a traceback: people want to see theirs."""
+
+SHORTEST_SECRET: Final = 8  # a shorter one would be found in innocent words
 
 _decoders: Final = {name: msgspec.json.Decoder(m.result) for name, m in CALLBACKS.items()}
 
@@ -99,6 +102,8 @@ class RunningCommand:
     ) -> None:
         self.runtime = runtime
         self.connection = connection
+        lm = getattr(params, "lm", None)
+        self.secrets = (lm.api_key,) if lm is not None and lm.api_key and len(lm.api_key) >= SHORTEST_SECRET else ()
         self.counted = False  # set when it is taken to be run: a ping is no work
         self.credit = Credit(params.credit if isinstance(params, FunctionStream) else 0)
         self.id = id
@@ -220,7 +225,9 @@ class RunningCommand:
 
     def expire(self) -> None:
         """Stop it because its deadline passed."""
-        self.stop(DeadlineExceeded(f"{self.recorder.subject} ran out of time ({self.params.deadline:g} ms)"))
+        self.stop(
+            DeadlineExceeded(f"{self.recorder.subject} ran out of time: it had {self.params.deadline / 1000:.3g} s")
+        )
 
     @property
     def stopped(self) -> bool:
@@ -254,7 +261,7 @@ class RunningCommand:
         self._answer(content, answer.buffers, None)
 
     def fail(self, exc: BaseException, *, stopping: bool = False) -> None:
-        error = error_object(exc, hidden=OWN_FILES)
+        error = redacted(error_object(exc, hidden=OWN_FILES), self.secrets)
         self._answer(self.connection.failure(self.id, error), (), error, stopping=stopping)
 
     def _answer(
@@ -408,6 +415,8 @@ class RunningCommand:
     # -- publishing --------------------------------------------------------------
 
     def _publish_output(self, name: str, text: str) -> None:
+        for secret in self.secrets:
+            text = text.replace(secret, "***")
         content = msgspec.json.encode({"name": name, "text": text.encode("utf-8", "replace").decode()})
         self._bytes_out += len(content)
         self.connection.publish_as("stream", content, self.parent)

@@ -51,4 +51,4 @@ def version() -> None:
 
 def main() -> None:
     """The entry point of `jupyter-bridge`, which is what `jupyter bridge` runs."""
-    app()
+    app(prog_name="jupyter bridge")

@@ -177,7 +177,7 @@ def _state(session: Session, qa: Instance) -> Table:
     for info in session.variables():
         table.add_row(f"variable {info.name}", f"{session[info.name]!r}, version {info.version}", str(info.size))
     known = session._state.instance(qa.ref)
-    demos = len(known.state.read("state")["predict"]["demos"])
+    demos = len(qa.state["predict"]["demos"])
     table.add_row(
         f"instance {qa.ref[:8]}",
         f"{known.cls}: recipe, and state with {demos} demos, version {known.version}",

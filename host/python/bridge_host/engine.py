@@ -290,6 +290,8 @@ class Engine:
                 try:
                     async with asyncio.timeout(attempt.deadline / 1000 + LATE_S):
                         reply = await future
+                except DeadlineExceeded:
+                    raise  # a TimeoutError too, but the kernel's own word
                 except TimeoutError:
                     raise DeadlineExceeded(
                         f"{running.subject} ran out of time, and its kernel did not say so itself",

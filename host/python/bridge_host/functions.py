@@ -57,7 +57,7 @@ def source_of(name: str, what: str | Callable[..., Any], *, lm: bool = False) ->
     if missing := _names_from_outside(tree):
         raise ValueError(
             f"function {name!r} uses {', '.join(missing)} from outside itself, which does not travel with it: "
-            "import it inside the function, or pass it as an argument"
+            "import it inside, pass it as an argument, or give the text of both: session.function(name, source)"
         )
     text = textwrap.dedent(what).strip() if isinstance(what, str) else ast.unparse(tree)
     return FunctionSource.make(name, text + "\n", lm=lm)

@@ -139,25 +139,33 @@ class SessionBase:
         return function
 
     def function(
-        self, name: str | Callable[..., Any], what: str | Callable[..., Any] | None = None, /, *, lm: bool = False
+        self,
+        name: str | Callable[..., Any] | None = None,
+        what: str | Callable[..., Any] | None = None,
+        /,
+        *,
+        lm: bool = False,
     ) -> Any:
         """Give the session a Python function that kernels run: `session.call(name, …)`.
 
-        `session.function("name", source_or_callable)`, or as a decorator, `@session.function`. `lm` runs it
-        with the session's language model. Raises ValueError if the function uses what does not travel with it.
+        `session.function("name", source_or_callable)`, or as a decorator: `@session.function`,
+        `@session.function("name")`, `@session.function(lm=True)`. `lm` runs it with the session's language model.
+
+        Raises:
+            ValueError: the function uses what does not travel with it.
         """
         if callable(name):
-            self._state.functions[name.__name__] = source_of(name.__name__, name, lm=lm)
-            return name
-        if what is None:
+            what, name = name, name.__name__
+        if what is not None and name is not None:
+            self._state.functions[name] = source_of(name, what, lm=lm)
+            return what
 
-            def register(function: Callable[..., Any]) -> Callable[..., Any]:
-                self._state.functions[name] = source_of(name, function, lm=lm)
-                return function
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            called = name or function.__name__
+            self._state.functions[called] = source_of(called, function, lm=lm)
+            return function
 
-            return register
-        self._state.functions[name] = source_of(name, what, lm=lm)
-        return what
+        return register
 
     def lm(
         self,
@@ -445,6 +453,21 @@ class InstanceBase:
     @property
     def ref(self) -> str:
         return self._ref
+
+    @property
+    def state(self) -> Any:
+        """Its state, as the host keeps it: data for DSPy's modules and for classes that say their state themselves.
+
+        A pickle is returned as its bytes, which the host never loads. Read without a kernel.
+        """
+        known: InstanceState = self._session._state.instance(self._ref)
+        return known.state.read("state")
+
+    @property
+    def version(self) -> int:
+        """1 for a new instance, one more for each call that changed it."""
+        known: InstanceState = self._session._state.instance(self._ref)
+        return known.version
 
     @property
     def __bridge_tag__(self) -> Tag:

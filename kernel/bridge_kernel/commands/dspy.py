@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..contract.errors import InvalidParams, type_of
-from ..contract.values import register_record
 from ..stops import CommandStopped
 from ..values import ValueReader
 
@@ -25,32 +24,7 @@ if TYPE_CHECKING:
     from ..contract.methods import LM
     from ..contract.telemetry import Scalar
 
-__all__ = ("register", "settings")
-
-
-def register() -> None:
-    """Let the codec carry `dspy.Prediction` and `dspy.Example`, without importing DSPy."""
-
-    def fields(example: Any) -> dict[str, Any]:
-        return dict(example.items(include_dspy=True))
-
-    def example_fields(example: Any) -> dict[str, Any]:
-        keys = example._input_keys
-        return {"store": fields(example), "inputs": None if keys is None else sorted(keys)}
-
-    def prediction(given: dict[str, Any]) -> Any:
-        import dspy
-
-        return dspy.Prediction(**given)
-
-    def example(given: dict[str, Any]) -> Any:
-        import dspy
-
-        made = dspy.Example(**given["store"])
-        return made if given["inputs"] is None else made.with_inputs(*given["inputs"])
-
-    register_record("dspy.primitives.prediction.Prediction", fields, prediction)
-    register_record("dspy.primitives.example.Example", example_fields, example)
+__all__ = ("settings",)
 
 
 @functools.cache
@@ -110,6 +84,8 @@ def _tapped(dspy: Any, command: RunningCommand) -> Any:
             metadata: dict[str, Scalar] = {"model": str(entry.get("response_model") or entry.get("model"))}
             command.recorder.emit(("bridge", "dspy", "lm", "usage"), measurements, metadata)
 
+    # A state that names its model's class names DSPy's own, which any process can load.
+    TappedLM.__module__, TappedLM.__qualname__ = dspy.LM.__module__, dspy.LM.__qualname__
     return TappedLM
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..command import Answer
 from ..contract.errors import InvalidParams, NotFound, PolicyDenied
 from ..contract.methods import InstanceCalled, InstanceCreated
+from ..contract.values import Ref
 from ..state import construct, dump, rebuild
 from ..values import ValueWriter
 from .functions import call_with_context, with_lm
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from ..command import RunningCommand
-    from ..contract.methods import LM, InstanceCall, InstanceCreate
+    from ..contract.methods import InstanceCall, InstanceCreate
     from ..state import Snapshot
 
 __all__ = ("call", "create")
@@ -37,8 +38,8 @@ def call(command: RunningCommand, params: InstanceCall) -> Answer | Coroutine[An
         before = dump(obj, command.runtime.policy)
     result = call_with_context(command, _method(obj, params), params, params.lm)
     if inspect.iscoroutine(result):
-        return _await(command, obj, before, result, params.lm)
-    return _answer(command, obj, before, result)
+        return _await(command, params, obj, before, result)
+    return _answer(command, params, obj, before, result)
 
 
 def _method(obj: Any, params: InstanceCall) -> Any:
@@ -57,15 +58,18 @@ def _method(obj: Any, params: InstanceCall) -> Any:
 
 
 async def _await(
-    command: RunningCommand, obj: Any, before: Snapshot, coroutine: Coroutine[Any, Any, Any], lm: LM | None
+    command: RunningCommand, params: InstanceCall, obj: Any, before: Snapshot, coroutine: Coroutine[Any, Any, Any]
 ) -> Answer:
-    with with_lm(command, lm):
+    with with_lm(command, params.lm):
         result = await coroutine
-    return _answer(command, obj, before, result)
+    return _answer(command, params, obj, before, result)
 
 
-def _answer(command: RunningCommand, obj: Any, before: Snapshot, result: Any) -> Answer:
+def _answer(command: RunningCommand, params: InstanceCall, obj: Any, before: Snapshot, result: Any) -> Answer:
     writer = ValueWriter()
+    if result is obj:
+        # A method that returns its own object, to be chained, returns what stands for it in the host.
+        result = Ref(params.record.ref, params.record.cls)
     value = writer.write(result, "result")
     after = dump(obj, command.runtime.policy)
     changed = after.fingerprint != before.fingerprint

@@ -48,6 +48,7 @@ __all__ = (
     "ToolError",
     "error_object",
     "exception_from",
+    "redacted",
     "type_of",
 )
 
@@ -364,6 +365,23 @@ def error_object(
     frames = frames_of(exc.__traceback__, hidden=hidden)
     text = f"{name}: {message}" if message else name
     return ErrorObject(wrap.code, text, ErrorData(name, message, frames, remedy=wrap.default_remedy))
+
+
+def redacted(error: ErrorObject, secrets: tuple[str, ...]) -> ErrorObject:
+    """The same error without secrets: a provider that refuses a key likes to repeat it."""
+    if not secrets:
+        return error
+
+    def clean(text: str) -> str:
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    data = error.data
+    if data is not None:
+        frames = tuple(Frame(f.file, f.line, f.function, clean(f.code)) for f in data.traceback)
+        data = ErrorData(data.type, clean(data.message), frames, data.retryable, clean(data.remedy))
+    return ErrorObject(error.code, clean(error.message), data)
 
 
 def exception_from(error: ErrorObject) -> BridgeError:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
-from . import arrays, containers, records, scalars, tables, tags
+from . import arrays, containers, dspy_records, records, scalars, tables, tags
 from .faults import Fault, key_step, malformed, too_much, unserializable
 from .records import Record, loaded_class, register_record
 from .scalars import MAX_INT, MIN_INT, check_text
@@ -382,3 +382,6 @@ _DECODERS: Final = {
     for table in (scalars, containers, tags, records, arrays, tables)
     for name, (kind, required, allowed) in table.DECODERS.items()
 }
+
+
+dspy_records.register()

@@ -1,6 +1,31 @@
 """Bridge's kernel: a stateless Jupyter kernel that runs a command, calls its host back, answers and forgets."""
 
 from ._version import __version__
-from .contract.errors import BridgeError, NotFound, NotSerializable, PolicyDenied, ToolError
+from .contract.errors import (
+    BridgeError,
+    Cancelled,
+    Conflict,
+    DeadlineExceeded,
+    InvalidArguments,
+    KernelDied,
+    NotFound,
+    NotSerializable,
+    PolicyDenied,
+    RemoteError,
+    ToolError,
+)
 
-__all__ = ("BridgeError", "NotFound", "NotSerializable", "PolicyDenied", "ToolError", "__version__")
+__all__ = (
+    "BridgeError",
+    "Cancelled",
+    "Conflict",
+    "DeadlineExceeded",
+    "InvalidArguments",
+    "KernelDied",
+    "NotFound",
+    "NotSerializable",
+    "PolicyDenied",
+    "RemoteError",
+    "ToolError",
+    "__version__",
+)

@@ -17,7 +17,7 @@ from traitlets.config import Application, Configurable
 
 from ._version import __version__
 from .lane import Lane
-from .lifetime import Parent, end_group, leave
+from .lifetime import Parent, leave, orphaned
 from .output import capture, inherit_in_threads
 from .policy import Policy
 from .runtime import Runtime
@@ -37,6 +37,8 @@ THREAD_LIMITS = (
     "MKL_NUM_THREADS",
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
+    "POLARS_MAX_THREADS",
+    "RAYON_NUM_THREADS",
 )
 """Set to 1 unless the environment says otherwise: kernels run in numbers, and each would start a thread a core."""
 
@@ -77,7 +79,7 @@ class BridgeKernelApp(Application):
     def _serve(self, runtime: Runtime, info: ConnectionInfo, sockets: Sockets) -> None:
         parent = Parent.from_environment()
         if parent is not None and parent.gone:
-            end_group()
+            orphaned()
         main = _MainThread()
         pairs = [_pair(sockets.context, name) for name in ("shell", "control")]
         lane = Lane(
@@ -89,10 +91,10 @@ class BridgeKernelApp(Application):
             want_cells=main.want_cells,
             interrupt_cells=main.interrupt,
             on_shutdown=main.shut_down,
-            on_parent_death=end_group,
+            on_parent_death=orphaned,
         )
         if parent is not None and parent.fd is None:
-            parent.poll_in_thread(end_group)
+            parent.poll_in_thread(orphaned)
         threading.Thread(target=_heartbeat, args=(sockets.heartbeat,), name="bridge-heartbeat", daemon=True).start()
         lane.status("starting")
         io_thread = threading.Thread(target=lane.run, name="bridge-io", daemon=True)

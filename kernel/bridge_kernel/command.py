@@ -226,7 +226,9 @@ class RunningCommand:
     def expire(self) -> None:
         """Stop it because its deadline passed."""
         self.stop(
-            DeadlineExceeded(f"{self.recorder.subject} ran out of time: it had {self.params.deadline / 1000:.3g} s")
+            DeadlineExceeded(
+                f"{self.recorder.subject} ran out of time: it had {(self.params.deadline or 0) / 1000:.3g} s"
+            )
         )
 
     @property

@@ -86,7 +86,7 @@ class _Context:
         )
 
     def __repr__(self) -> str:
-        state = "ended" if self._command.stopped else "running"
+        state = "ended" if self._command.stopped or self._command.answered else "running"
         return f"<{type(self).__name__} session={self.session_id!r} command={self._command.id} {state}>"
 
 

@@ -45,13 +45,15 @@ class Executor:
             else:
                 spawn = True
         if spawn:
-            threading.Thread(target=self._work, args=(job,), name="bridge-worker", daemon=True).start()
+            # In a list, which `_work` empties: a Thread keeps its arguments for as long as it lives.
+            threading.Thread(target=self._work, args=([job],), name="bridge-worker", daemon=True).start()
         else:
             self._jobs.put(job)
 
-    def _work(self, job: Callable[[], None]) -> None:
+    def _work(self, first: list[Callable[[], None]]) -> None:
+        job = first.pop()
         while True:
-            job()
+            Context().run(job)  # one's context variables (a decimal precision, a library's settings) end with it
             del job  # or its command would live on until the next one comes
             with self._lock:
                 self._idle += 1
@@ -108,7 +110,8 @@ class Executor:
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
+                # The loop's own reader, made here, must not keep the context of the command that comes first.
+                self._loop = Context().run(asyncio.new_event_loop)
                 thread = threading.Thread(target=self._run_loop, args=(self._loop,), name="bridge-loop", daemon=True)
                 Context().run(thread.start)  # it must not take after the command that happens to come first
             return self._loop

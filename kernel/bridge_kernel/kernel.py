@@ -329,7 +329,9 @@ def serve_cells(
 ) -> None:
     """Run cells on this thread, the main one, until the kernel shuts down."""
     # IPython wants a profile directory; the user's own is not ours to write to.
-    with tempfile.TemporaryDirectory(prefix="bridge-ipython-", ignore_cleanup_errors=True) as directory:
+    with tempfile.TemporaryDirectory(
+        prefix="bridge-ipython-", dir=os.environ.get("BRIDGE_RUNTIME_DIR"), ignore_cleanup_errors=True
+    ) as directory:
 
         async def serve() -> None:
             kernel = _kernel(

@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 import time
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -106,7 +107,7 @@ class Lane:
         self._on_shutdown = on_shutdown
         self._on_parent_death = on_parent_death
         self._connections: dict[str, Connection] = {}
-        self._deadlines: list[tuple[float, int, RunningCommand]] = []
+        self._deadlines: list[tuple[float, int, weakref.ref[RunningCommand]]] = []
         self._order = itertools.count()
         self._cells_started = False
         self._stopping = False
@@ -199,13 +200,17 @@ class Lane:
     def _watch_deadline(self, deadline: float, command: RunningCommand) -> None:
         if len(self._deadlines) > 64 + 2 * self._runtime.busy:
             # Commands that ended long before their deadline: let them go.
-            self._deadlines = [entry for entry in self._deadlines if not entry[2].answered]
+            self._deadlines = [
+                entry for entry in self._deadlines if (other := entry[2]()) is not None and not other.answered
+            ]
             heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (deadline, next(self._order), command))
+        heapq.heappush(self._deadlines, (deadline, next(self._order), weakref.ref(command)))
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
-            heapq.heappop(self._deadlines)[2].expire()
+            late = heapq.heappop(self._deadlines)[2]()
+            if late is not None:
+                late.expire()
 
     # -- Jupyter messages --------------------------------------------------------
 

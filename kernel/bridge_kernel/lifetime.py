@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ("Parent", "end_group", "leave")
+__all__ = ("Parent", "end_group", "leave", "orphaned")
 
 POLL_S: Final = 1.0
 
@@ -52,6 +53,13 @@ class Parent:
         threading.Thread(target=watch, name="bridge-parent", daemon=True).start()
 
 
+def remove_runtime_directory() -> None:
+    """Remove the directory of the host that started us: its connection files hold keys, and nobody else will."""
+    directory = os.environ.get("BRIDGE_RUNTIME_DIR", "")
+    if directory and os.path.basename(directory).startswith("bridge-"):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def end_group() -> None:
     """End at once, together with every process of this kernel's own process group: no grandchild survives."""
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
@@ -63,6 +71,12 @@ def end_group() -> None:
         with contextlib.suppress(psutil.Error):
             child.kill()
     os._exit(1)
+
+
+def orphaned() -> None:
+    """The parent is gone: clean up after it, and end."""
+    remove_runtime_directory()
+    end_group()
 
 
 def leave(code: int, *, grace_s: float) -> None:

@@ -191,6 +191,7 @@ class Engine:
         Raises:
             BridgeError: what the kernel answered, or what became of the kernel.
         """
+        session.require()
         parent = parent or CURRENT.get()
         depth = parent.depth + 1 if parent is not None else 0
         if depth > MAX_NESTING:

@@ -56,7 +56,7 @@ class KernelProcess:
         base = directory.path / f"kernel-{number}"
         self._log_path = base.with_suffix(".log")
         self._arguments = list(arguments)
-        self._env = {**os.environ, **(env or {})}
+        self._env = {**os.environ, **(env or {}), "BRIDGE_RUNTIME_DIR": str(directory.path)}
         settings: dict[str, Any] = {"kernel_name": kernel_name, "connection_file": str(base.with_suffix(".json"))}
         if sys.platform != "win32" and len(f"{base}-5") < 100:
             # IPC: no ports to collide, and the directory's mode keeps everyone else out.
@@ -81,12 +81,23 @@ class KernelProcess:
                 await self._manager.start_kernel(
                     extra_arguments=self._arguments, env=self._env, stdout=log.wrapped, stderr=log.wrapped
                 )
+        except asyncio.CancelledError:
+            self._abort()
+            raise
         except Exception as exc:
             raise KernelStartFailed(f"the kernel could not be launched: {type(exc).__name__}: {exc}") from exc
         provisioner: Any = self._manager.provisioner
         self.pid = provisioner.pid
         self._watch(provisioner, on_exit)
         return KernelClient.read_connection_file(await anyio.Path(self._manager.connection_file).read_bytes())
+
+    def _abort(self) -> None:
+        """The start was cancelled: the process may be there already, and nobody knows it yet."""
+        process: Any = getattr(self._manager.provisioner, "process", None)
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def _watch(self, provisioner: Any, on_exit: Callable[[], None]) -> None:
         def exited() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
 import anyio
 import msgspec
 
-from bridge_kernel.contract.errors import BridgeError, Cancelled, InternalError, NotFound
+from bridge_kernel.contract.errors import BridgeError, Cancelled, HostClosed, InternalError, NotFound
 from bridge_kernel.contract.methods import (
     COMMANDS,
     LM,
@@ -542,9 +542,13 @@ class AsyncStream(Generic[T]):
                 try:
                     self.result = await run()
                 except BridgeError as exc:
-                    self._error = exc
-            self._done = True
-            self._arrived.set()
+                    self._error = self._error or exc
+                except asyncio.CancelledError:
+                    self._error = self._error or HostClosed("the host was closed, or the stream")
+                    raise
+                finally:
+                    self._done = True
+                    self._arrived.set()
 
         self._engine.tasks.start_soon(pump)
 
@@ -552,16 +556,30 @@ class AsyncStream(Generic[T]):
         self._running = running
 
     def _on_chunk(self, chunk: Chunk, buffers: Sequence[Buffer]) -> None:
-        if chunk.seq != self._received or len(self._chunks) > WINDOW:
-            self._error = InternalError(f"chunk {chunk.seq} came where {self._received} was due")
+        if self._error is not None:
+            return
+        try:
+            if chunk.seq != self._received or len(self._chunks) > WINDOW:
+                raise InternalError(f"chunk {chunk.seq} came where {self._received} was due")
+            value = ValueReader(buffers, self._hook).read(chunk.value, f"chunk[{chunk.seq}]")
+        except BridgeError as exc:
+            self._error = exc
             self._scope.cancel()
             return
         self._received += 1
-        self._chunks.append(ValueReader(buffers, self._hook).read(chunk.value, f"chunk[{chunk.seq}]"))
+        self._chunks.append(value)
         self._arrived.set()
 
-    def __aiter__(self) -> AsyncIterator[T]:
-        return self
+    async def __aiter__(self) -> AsyncIterator[T]:
+        """Iterate; leaving the loop, however, stops the generator in the kernel."""
+        try:
+            while True:
+                try:
+                    yield await self.__anext__()
+                except StopAsyncIteration:
+                    return
+        finally:
+            await self.aclose()
 
     async def __anext__(self) -> T:
         while not self._chunks:
@@ -579,7 +597,7 @@ class AsyncStream(Generic[T]):
 
     async def aclose(self) -> None:
         """Stop the generator in the kernel; what it had sent already is dropped."""
-        self._scope.cancel()
         self._chunks.clear()
-        if not self._done:
+        if not self._done and self._error is None:
             self._error = Cancelled("the stream was closed")
+        self._scope.cancel()

@@ -62,8 +62,22 @@ class SessionState:
         self.instances: dict[str, InstanceState] = {}
         self.lm: LM | None = None
         self.commands = 0
+        self.deleted = False
         self._variables: dict[str, Variable] = {}
         self._lock = threading.Lock()
+
+    def require(self) -> None:
+        """Raise `NotFound` if the session was deleted: what it took would be nobody's."""
+        if self.deleted:
+            raise NotFound(f"session {self.id!r} was deleted", remedy="Open it anew: host.session(id).")
+
+    def clear(self) -> None:
+        """Let go of all it owns."""
+        with self._lock:
+            self.deleted = True
+            for owned in (self._variables, self.tools, self.functions, self.instances):
+                owned.clear()
+            self.lm = None
 
     # -- variables ---------------------------------------------------------------
 
@@ -80,7 +94,8 @@ class SessionState:
             return {name: self._variables[name] for name in names if name in self._variables}
 
     def set(self, name: str, value: Stored) -> int:
-        """Write a variable; returns its version, 1 for the first."""
+        """Write a variable; returns its version, 1 for the first. Raises `NotFound` if the session was deleted."""
+        self.require()
         with self._lock:
             known = self._variables.get(name)
             version = known.version + 1 if known else 1
@@ -164,8 +179,10 @@ class MemoryStore:
     def delete(self, id: str) -> None:
         """Forget a session and all it owns. Raises `NotFound`."""
         with self._lock:
-            if self._sessions.pop(id, None) is None:
-                raise NotFound(f"there is no session {id!r}")
+            state = self._sessions.pop(id, None)
+        if state is None:
+            raise NotFound(f"there is no session {id!r}")
+        state.clear()
 
     def __iter__(self) -> Iterator[str]:
         with self._lock:

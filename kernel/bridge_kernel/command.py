@@ -46,6 +46,8 @@ __all__ = ("Answer", "RunningCommand")
 OWN_FILES: Final = os.path.dirname(__file__) + os.sep
 """Frames of the kernel's own files are left out at the head of a traceback: people want to see theirs."""
 
+SHORT_NS: Final = 20_000_000
+"""Below this, publishing a command's telemetry at once would be a good part of what the next one takes."""
 SHORTEST_SECRET: Final = 8  # a shorter one would be found in innocent words
 
 _decoders: Final = {name: msgspec.json.Decoder(m.result) for name, m in CALLBACKS.items()}
@@ -285,7 +287,11 @@ class RunningCommand:
             resolve(CommandStopped(), ())
         # After the answer: who waits for that should not wait for this too, which is half as much again.
         name = None if error is None or error.data is None else error.data.type
-        self.recorder.stop(error=name, queue=self._queue, bytes_in=self._bytes_in, bytes_out=self._bytes_out)
+        duration = self.recorder.stop(error=name, queue=self._queue, bytes_in=self._bytes_in, bytes_out=self._bytes_out)
+        if duration < SHORT_NS:
+            self.runtime.unpublished.append(self.recorder)  # the lane shows it as soon as it has nothing to do
+        else:
+            self.recorder.publish()
 
     # -- calling back ------------------------------------------------------------
 

@@ -59,6 +59,10 @@ if TYPE_CHECKING:
 __all__ = ("Lane",)
 
 TICK_S: Final = 0.1  # how often running commands' output and telemetry are shown
+QUIET_S: Final = 0.003  # nothing came for this long after a command: time for its telemetry
+LIVELY_S: Final = 0.03
+BURST: Final = 64  # messages read, or displays published, before anything else gets its turn
+MAX_UNPUBLISHED: Final = 256
 COMMS: Final = ("comm_open", "comm_msg", "comm_close")
 
 _decoders: Final = {
@@ -110,6 +114,7 @@ class Lane:
         self._deadlines: list[tuple[float, int, weakref.ref[RunningCommand]]] = []
         self._order = itertools.count()
         self._cells_started = False
+        self._lively_until = 0.0
         self._stopping = False
         self.cell_output: Output | None = None
         """Where the cell that runs prints: set by the cells, shown at each tick."""
@@ -146,7 +151,8 @@ class Lane:
         while not self._stopping:
             now = time.monotonic()
             due = self._deadlines[0][0] - now if self._deadlines else TICK_S
-            events = dict(poller.poll(math.ceil(max(0.0, min(due, TICK_S)) * 1000)))
+            pause = QUIET_S if now < self._lively_until or self._runtime.unpublished else TICK_S
+            events = dict(poller.poll(math.ceil(max(0.0, min(due, pause)) * 1000)))
             for socket, handle in incoming:
                 if socket in events:
                     self._drain(socket, handle)
@@ -162,6 +168,8 @@ class Lane:
                 return
             now = time.monotonic()
             self._expire(now)
+            if not events or len(self._runtime.unpublished) > MAX_UNPUBLISHED:
+                self._publish_telemetry()
             if now >= next_tick:
                 next_tick = now + TICK_S
                 self._check_subscriptions()
@@ -169,14 +177,20 @@ class Lane:
                 if (output := self.cell_output) is not None:
                     output.flush()
 
+    def _publish_telemetry(self) -> None:
+        unpublished = self._runtime.unpublished
+        for _ in range(min(len(unpublished), BURST)):
+            unpublished.popleft().publish()
+
     def _tick(self) -> None:
+        self._publish_telemetry()
         self._runtime.executor.stop_stuck()
         for command in self._runtime.active:
             command.refresh()
 
     def _drain(self, socket: zmq.Socket[bytes], handle: Callable[[Envelope], None]) -> None:
         # At most so many at a time: a flood on one socket must not keep the other, or deadlines, waiting.
-        for _ in range(64):
+        for _ in range(BURST):
             try:
                 frames = receive(socket)
             except zmq.Again:
@@ -282,6 +296,8 @@ class Lane:
             raise MalformedFrames(f"shutdown_request: {exc}") from exc
         for connection in self.connections:
             connection.close("the kernel is shutting down")
+        while self._runtime.unpublished:
+            self._publish_telemetry()
         self._answer(socket, envelope, "shutdown_reply", _encode({"status": "ok", "restart": restart}))
         self._stopping = True
         self._on_shutdown()
@@ -453,6 +469,7 @@ class Lane:
             runtime.when_idle(lambda: command.succeed(drained))
             return
         runtime.started(command)
+        self._lively_until = time.monotonic() + LIVELY_S
         if command.deadline is not None:
             self._watch_deadline(command.deadline, command)
         runtime.executor.submit(partial(command.run, HANDLERS[request.method]))

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from .command import RunningCommand
     from .policy import Policy
+    from .telemetry import Recorder
 
 __all__ = ("Runtime",)
 
@@ -39,6 +40,8 @@ class Runtime:
         self.draining = False
         self.connections = 0
         self.dropped: Counter[str] = Counter()
+        self.unpublished: deque[Recorder] = deque()
+        """Telemetry of commands that have been answered, which the lane has yet to show."""
         self._counts: Counter[str] = Counter()
         self._active: dict[RunningCommand, None] = {}
         self._lock = threading.Lock()

@@ -48,6 +48,7 @@ class Recorder:
         self._dropped = 0
         self._shown = False
         self._settled = False
+        self._end: tuple[str, int, str | None] = ("", 0, None)
         self._started = time.perf_counter_ns()
         self.callbacks = 0
         self._progress = ""
@@ -91,8 +92,8 @@ class Recorder:
             raise
         self.emit((*name, "stop"), {"duration": time.perf_counter_ns() - began}, metadata)
 
-    def stop(self, *, error: str | None, queue: int, bytes_in: int, bytes_out: int) -> None:
-        """Record the end (`queue` in ns) and settle the display. What is recorded later goes nowhere."""
+    def stop(self, *, error: str | None, queue: int, bytes_in: int, bytes_out: int) -> int:
+        """Record the end (`queue` in ns), which the next `publish` settles; returns the duration in ns."""
         duration = time.perf_counter_ns() - self._started
         self.emit(
             ("bridge", "execution", "stop" if error is None else "exception"),
@@ -105,10 +106,11 @@ class Recorder:
             },
             {"success": error is None, "error": error},
         )
-        self.publish(settled="✓" if error is None else "✗", duration=duration, error=error)
+        self._end = ("✓" if error is None else "✗", duration, error)
+        return duration
 
-    def publish(self, *, settled: str = "", duration: int = 0, error: str | None = None) -> None:
-        """Show what there is so far; nothing happens if there is nothing new."""
+    def publish(self) -> None:
+        """Show what there is so far; nothing happens if there is nothing new, or once the end was shown."""
         with self._lock:
             if self._settled or not (self._events or self._dropped):
                 return
@@ -116,6 +118,7 @@ class Recorder:
             self._events, self._dropped = [], 0
             msg_type = "update_display_data" if self._shown else "display_data"
             self._shown = True
+            settled, duration, error = self._end
             self._settled = bool(settled)
         mark = settled or "…"
         elapsed = duration or time.perf_counter_ns() - self._started

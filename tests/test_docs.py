@@ -197,3 +197,16 @@ def test_every_link_within_the_repository_leads_somewhere(page: Path) -> None:
         if not found:
             broken.append(link["target"])
     assert not broken
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    """It is documentation that runs: `make bench` must not rot. Its figures are asserted nowhere."""
+    result = tmp_path / "bench.json"
+    subprocess.run(
+        [sys.executable, "-m", "bench.latency", "--quick", "--json", str(result)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert "Bridge command echo" in result.read_text()

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from bridge_kernel.contract.telemetry import Event
-
     from .sync import Instance, Session
 
 __all__ = ("run",)
@@ -101,12 +99,16 @@ def _show(console: Console, host: Host, model: dict[str, Any]) -> None:
     session.lm(**model)
 
     validated: list[str] = []
+    doomed = threading.Event()
 
     @session.tool
     def validate_prediction(prediction: dict[str, Any], context: dict[str, Any]) -> bool:
         """A short phrase that is not merely in the question. Runs here, in the host."""
         answer = str(prediction.get("answer", "")).strip(" .")
         validated.append(answer)
+        if doomed.is_set():  # the command is in its middle: it waits for this very call
+            doomed.clear()
+            os.kill(host.kernels()[0].pid, signal.SIGKILL)
         return 0 < len(answer.split()) <= 3 and answer.lower() not in str(context.get("question", "")).lower()
 
     session.function("answer", ANSWER, lm=True)
@@ -122,7 +124,7 @@ def _show(console: Console, host: Host, model: dict[str, Any]) -> None:
     )
     for question in QUESTIONS:
         _ask(console, answers, host, session, qa, question)
-    _kill_in_the_middle(console, host, session, qa)
+    _kill_in_the_middle(console, session, qa, doomed)
     _ask(console, answers, host, session, qa, KILLED)
 
     for table in (answers, _state(session, qa), _telemetry(host)):
@@ -151,21 +153,10 @@ def _ask(console: Console, table: Table, host: Host, session: Session, qa: Insta
     )
 
 
-def _kill_in_the_middle(console: Console, host: Host, session: Session, qa: Instance) -> None:
-    running = threading.Event()
-
-    def started(event: Event) -> None:
-        if event.metadata["subject"] == "answer":
-            running.set()
-
-    host.telemetry.attach("demo", ("bridge", "execution", "start"), started)
-    future = session.submit("answer", qa, KILLED)
-    with _step(console, f"{KILLED} Killing the kernel while it answers"):
-        running.wait(60)
-        (kernel,) = host.kernels()
-        os.kill(kernel.pid, signal.SIGKILL)
-        error = future.exception(timeout=60)
-    host.telemetry.detach("demo")
+def _kill_in_the_middle(console: Console, session: Session, qa: Instance, doomed: threading.Event) -> None:
+    doomed.set()
+    with _step(console, f"{KILLED} Killing the kernel while it waits for validate_prediction"):
+        error = session.submit("answer", qa, KILLED).exception(timeout=120)
     if not isinstance(error, KernelDied):
         raise KernelDied(f"the kernel was killed, but the call ended with {error!r}")
     console.print(f"  [red]✗[/] SIGKILL in the middle: [red]KernelDied[/]: {error}")

@@ -833,3 +833,115 @@ def test_an_object_is_inspected_as_data(session: Session) -> None:
     f = session.inspect("f")
     assert (f.signature, f.doc) == ("(a: 'int', *, b: 'str' = 'x') -> 'bool'", "Doc.")
     assert session.inspect(session.create("collections.Counter")).name == "collections.Counter"
+
+
+# -- what a second look found -------------------------------------------------------
+
+
+def test_a_command_that_runs_again_calls_its_tools_again(dying: Session) -> None:
+    calls: list[int] = []
+
+    @dying.tool
+    def count() -> int:
+        calls.append(1)
+        return len(calls)
+
+    dying.function(
+        "die_once",
+        """
+        def die_once(ctx):
+            import os, signal
+            if ctx.call_tool("count") == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return ctx.call_tool("count")
+        """,
+    )
+    assert dying.call("die_once", retries=1) == 3
+
+
+def test_an_asynchronous_tool_that_calls_the_plain_host_is_told_so_and_nothing_hangs(lonely_host: Host) -> None:
+    session = lonely_host.session()
+
+    @session.tool
+    async def wrong() -> float:
+        return float(session.call("math.sqrt", 4))
+
+    session.function("f", "def f(ctx):\n    return ctx.call_tool('wrong')\n")
+    with pytest.raises(BridgeError, match="cannot wait for itself"):
+        session.call("f")
+    assert session.call("math.sqrt", 4) == 2
+
+
+def test_a_tool_that_raises_anything_at_all_answers(session: Session) -> None:
+    class Odd(BaseException):
+        pass
+
+    @session.tool
+    def odd() -> None:
+        raise Odd("very")
+
+    session.function("f", "def f(ctx):\n    ctx.call_tool('odd')\n")
+    with pytest.raises(BridgeError, match="very"):
+        session.call("f")
+
+
+def test_what_is_too_large_for_a_message_is_refused_by_whoever_would_send_it() -> None:
+    with Host(arguments=["--Policy.max_message_bytes=100000"]) as host:
+        session = host.session()
+        session["big"] = "x" * 200_000
+        session.function("read", "def read(ctx):\n    return len(ctx.get_variable('big'))\n")
+        session.function("write", "def write(ctx):\n    ctx.set_variable('y', 'x' * 200_000)\n")
+        session.function("give", "def give():\n    return 'x' * 200_000\n")
+        for call in (("read",), ("write",), ("give",), ("builtins.len", "x" * 200_000)):
+            with pytest.raises(BridgeError, match=r"and (a message at most|its kernel takes) 100000"):
+                session.call(*call, deadline=20)
+        assert session.call("math.sqrt", 4) == 2
+
+
+def test_telemetry_of_any_number_reaches_the_host_and_harms_nobody(lonely_host: Host) -> None:
+    session = lonely_host.session()
+    session.function(
+        "f",
+        """
+        def f(ctx):
+            ctx.emit("loss", {"loss": float("nan"), "huge": 10**5000, "fine": 1.5}, also=float("inf"))
+            ctx.progress(float("inf"), 3)
+        """,
+    )
+    session.call("f")
+    (event,) = lonely_host.telemetry.events("bridge", "user", "loss")
+    assert event.measurements == {"fine": 1.5}
+    assert event.metadata["loss"] == "nan"
+    assert event.metadata["huge"] == "an integer of 16610 bits"
+    assert session.call("math.sqrt", 4) == 2
+
+
+def test_an_exit_that_a_task_left_behind_asks_for_does_not_end_the_event_loop(session: Session) -> None:
+    session.function(
+        "f",
+        """
+        async def f():
+            import asyncio
+
+            async def leave():
+                raise SystemExit
+
+            asyncio.create_task(leave())
+            await asyncio.sleep(0)
+        """,
+    )
+    with pytest.raises(BridgeError):
+        session.call("f", deadline=2)
+        raise BridgeError  # either end is fine: what counts is that the loop lives
+    assert session.call("asyncio.sleep", 0, "alive", deadline=10) == "alive"
+
+
+def test_a_kernel_that_closed_its_connection_is_not_chosen_any_more() -> None:
+    with Host() as other:
+        file = other.kernels()[0].connection_file
+        with Host() as host:
+            host.attach(file)
+            assert {kernel.state for kernel in host.kernels()} == {"ready"}
+            other.close()
+            eventually(lambda: [k.state for k in host.kernels()].count("ready") == 1, "the other kernel's end is seen")
+            assert [host.session().call("math.sqrt", 4) for _ in range(4)] == [2, 2, 2, 2]

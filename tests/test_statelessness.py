@@ -728,6 +728,8 @@ def test_after_500_varied_commands_the_kernel_holds_what_it_held_before(quiet: d
         eventually(lambda: host.stats()[kernel.id].commands["running"] == 1, "only kernel.stats runs")
         eventually(lambda: session.call("held") <= (LOOSE_ENDS, 1), "no command outlives its end")
         eventually(lambda: threads_of(host) <= threads, "as many threads as before")
+        # A command is answered a moment before it has ended.
+        eventually(lambda: host.stats()[kernel.id].commands["running"] == 1, "only kernel.stats runs")
         stats = host.stats()[kernel.id]
         assert (stats.sources, stats.connections) == (sources, 1)
         counts = stats.commands

@@ -97,7 +97,7 @@ class BridgeKernelApp(Application):
             parent.poll_in_thread(orphaned)
         threading.Thread(target=_heartbeat, args=(sockets.heartbeat,), name="bridge-heartbeat", daemon=True).start()
         lane.status("starting")
-        io_thread = threading.Thread(target=lane.run, name="bridge-io", daemon=True)
+        io_thread = threading.Thread(target=_or_end, args=(lane.run, self.log), name="bridge-io", daemon=True)
         io_thread.start()
         if main.wait() == "cells":
             from .kernel import serve_cells  # IPython: half a second that most kernels never spend
@@ -109,6 +109,15 @@ class BridgeKernelApp(Application):
         sockets.control.close(linger=500)
         sockets.iopub.close()
         logging.shutdown()
+
+
+def _or_end(run: Callable[[], None], log: logging.Logger) -> None:
+    """A kernel whose lane has failed is deaf: better that its host sees it die."""
+    try:
+        run()
+    except BaseException:
+        log.critical("the lane failed: the kernel ends", exc_info=True)
+        os._exit(1)
 
 
 class _MainThread:

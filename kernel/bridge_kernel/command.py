@@ -46,6 +46,7 @@ __all__ = ("Answer", "RunningCommand")
 OWN_FILES: Final = os.path.dirname(__file__) + os.sep
 """Frames of the kernel's own files are left out at the head of a traceback: people want to see theirs."""
 
+HEADROOM: Final = 4096  # of a message: its headers and signature
 SHORT_NS: Final = 20_000_000
 """Below this, publishing a command's telemetry at once would be a good part of what the next one takes."""
 SHORTEST_SECRET: Final = 8  # a shorter one would be found in innocent words
@@ -127,7 +128,9 @@ class RunningCommand:
             "span_id": self.trace.span_id,
             "parent_span_id": self.trace.parent_span_id,
         }
-        self.recorder = Recorder(id, subject, metadata, self._publish_display, f"bridge-{connection.comm_id}-{id}")
+        self.recorder = Recorder(
+            id, subject, metadata, self._publish_display, f"bridge-{connection.comm_id}-{id}", self.secrets
+        )
         self.recorder.start()
         self._received = time.perf_counter_ns()
         self._queue = 0
@@ -165,7 +168,8 @@ class RunningCommand:
             finally:
                 self._not_interruptible()
         except CommandStopped:
-            pass  # answered already, by whoever stopped it
+            # Stopped from here: answered already. Raised by its own hand: it must be answered.
+            self.fail(Cancelled("the command's own code cancelled it"))
         except BaseException as exc:  # noqa: BLE001 - the boundary: whatever the command's code raises is its answer
             self.fail(exc)
         finally:
@@ -258,9 +262,10 @@ class RunningCommand:
         except (msgspec.MsgspecError, TypeError, UnicodeError) as exc:
             self.fail(InternalError(f"the result could not be written: {exc}"))
             return
-        limit = self.runtime.policy.max_message_bytes
-        if (size := len(content) + sum(map(len, answer.buffers))) > limit:
-            self.fail(LimitExceeded(f"the result takes {size} bytes, and a message at most {limit}"))
+        try:
+            self._check_size("the result", content, answer.buffers)
+        except LimitExceeded as exc:
+            self.fail(exc)
             return
         self._answer(content, answer.buffers, None)
 
@@ -328,8 +333,15 @@ class RunningCommand:
     def notify(self, method: str, params: msgspec.Struct, buffers: Sequence[Buffer] = ()) -> None:
         """Tell the host something that it does not answer."""
         content = self.connection.notification(method, params)
+        self._check_size(method, content, buffers)
         self._bytes_out += len(content)
         self.connection.publish(content, buffers, self.parent)
+
+    def _check_size(self, what: str, content: bytes, buffers: Sequence[Buffer]) -> None:
+        """A larger message would make the transport hang up: refuse it where somebody can do something about it."""
+        limit = self.runtime.policy.max_message_bytes
+        if (size := len(content) + sum(map(len, buffers))) > limit - HEADROOM:
+            raise LimitExceeded(f"{what} takes {size} bytes, and a message at most {limit}")
 
     def _request(
         self,
@@ -339,6 +351,8 @@ class RunningCommand:
         resolve: Callable[[Reply, Sequence[Buffer]], None],
     ) -> None:
         id = self.runtime.next_id()
+        content = self.connection.request(id, method, params)
+        self._check_size(method, content, buffers)
         with self._lock:
             if self._stopped:
                 raise CommandStopped
@@ -347,7 +361,6 @@ class RunningCommand:
             self._pending[id] = resolve
         self.connection.expect(id, self)
         self.recorder.callbacks += 1
-        content = self.connection.request(id, method, params)
         self._bytes_out += len(content)
         self.connection.publish(content, buffers, self.parent)
 

@@ -58,6 +58,8 @@ class _Context:
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Tell the host how far the command is; seen in its live line of telemetry."""
         self._command.recorder.progress(done, total, message)
+        for secret in self._command.secrets:
+            message = message.replace(secret, "***")
         self._command.notify("command.progress", Progress(self._command.id, done, total, message))
 
     @contextmanager

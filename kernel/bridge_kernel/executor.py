@@ -76,9 +76,6 @@ class Executor:
 
         loop.call_soon_threadsafe(start)
 
-    def call_soon(self, function: Callable[..., object], *args: object) -> None:
-        self._event_loop().call_soon_threadsafe(function, *args)
-
     def cancel(self, task: asyncio.Task[None]) -> None:
         """Cancel `task` where it awaits; one that never does is stopped by `stop_stuck`."""
         self._event_loop().call_soon_threadsafe(task.cancel)
@@ -104,7 +101,9 @@ class Executor:
     def _run_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop_thread = threading.get_ident()
         while True:
-            with contextlib.suppress(CommandStopped):  # it came too late for its task
+            # A stop that came too late for its task, or an exit that a task left behind asked for: of neither may the
+            # loop die, on which every other asynchronous command runs.
+            with contextlib.suppress(CommandStopped, SystemExit, KeyboardInterrupt):
                 loop.run_forever()
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:

@@ -62,7 +62,7 @@ TICK_S: Final = 0.1  # how often running commands' output and telemetry are show
 QUIET_S: Final = 0.003  # nothing came for this long after a command: time for its telemetry
 LIVELY_S: Final = 0.03
 BURST: Final = 64  # messages read, or displays published, before anything else gets its turn
-MAX_UNPUBLISHED: Final = 256
+MAX_UNPUBLISHED: Final = 32
 COMMS: Final = ("comm_open", "comm_msg", "comm_close")
 
 _decoders: Final = {
@@ -174,19 +174,27 @@ class Lane:
                 next_tick = now + TICK_S
                 self._check_subscriptions()
                 self._tick()
-                if (output := self.cell_output) is not None:
-                    output.flush()
 
     def _publish_telemetry(self) -> None:
         unpublished = self._runtime.unpublished
         for _ in range(min(len(unpublished), BURST)):
-            unpublished.popleft().publish()
+            self._guarded(unpublished.popleft().publish)
 
     def _tick(self) -> None:
         self._publish_telemetry()
         self._runtime.executor.stop_stuck()
         for command in self._runtime.active:
-            command.refresh()
+            self._guarded(command.refresh)
+        if (output := self.cell_output) is not None:
+            self._guarded(output.flush)
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """A mistake in showing something costs what was to be shown, not the thread that everything depends on."""
+        try:
+            action()
+        except Exception:
+            self._runtime.dropped["failed"] += 1
+            log.exception("something could not be shown")
 
     def _drain(self, socket: zmq.Socket[bytes], handle: Callable[[Envelope], None]) -> None:
         # At most so many at a time: a flood on one socket must not keep the other, or deadlines, waiting.
@@ -472,4 +480,8 @@ class Lane:
         self._lively_until = time.monotonic() + LIVELY_S
         if command.deadline is not None:
             self._watch_deadline(command.deadline, command)
-        runtime.executor.submit(partial(command.run, HANDLERS[request.method]))
+        try:
+            runtime.executor.submit(partial(command.run, HANDLERS[request.method]))
+        except RuntimeError as exc:  # the system gives no more threads
+            command.fail(Overloaded(f"no thread can be started: {exc}"))
+            runtime.ended(command)

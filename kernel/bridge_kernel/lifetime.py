@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ("Parent", "end_group", "leave", "orphaned")
+__all__ = ("Parent", "leave", "orphaned")
 
 POLL_S: Final = 1.0
 
@@ -30,6 +30,8 @@ class Parent:
                 self.fd = os.pidfd_open(pid)
             except ProcessLookupError:
                 self._pid = 0
+            except OSError:
+                self.fd = None  # forbidden here (a sandbox): ask again and again instead
 
     @classmethod
     def from_environment(cls) -> Parent | None:
@@ -46,8 +48,10 @@ class Parent:
         """Watch by asking again and again: for systems without pidfd."""
 
         def watch() -> None:
-            while os.getppid() == self._pid:
-                time.sleep(POLL_S)
+            with contextlib.suppress(ProcessLookupError):
+                while True:
+                    os.kill(self._pid, 0)  # no signal: it only asks. Not getppid, which a wrapper would change
+                    time.sleep(POLL_S)
             on_death()
 
         threading.Thread(target=watch, name="bridge-parent", daemon=True).start()

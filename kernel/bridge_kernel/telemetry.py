@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import os
 import threading
 import time
@@ -33,6 +34,7 @@ class Recorder:
         metadata: dict[str, Scalar],
         publish: Callable[[str, bytes], None],
         display_id: str,
+        secrets: tuple[str, ...] = (),
     ) -> None:
         """`subject` is what people call the command, e.g. `math.hypot`.
 
@@ -43,6 +45,8 @@ class Recorder:
         self._metadata = metadata
         self._publish = publish
         self._display_id = display_id
+        self._secrets = secrets
+        self._sending = threading.Lock()  # what is taken first is sent first
         self._lock = threading.Lock()
         self._events: list[Event] = []
         self._dropped = 0
@@ -56,22 +60,32 @@ class Recorder:
     def emit(self, name: tuple[str, ...], measurements: dict[str, int | float], metadata: dict[str, Scalar]) -> None:
         """Record one event; the command's own metadata is added to it."""
         # Here, in the thread of whoever emits: what JSON cannot carry must not be found out by the lane.
-        numbers = {
-            _text(key): value if type(value) in _NUMBERS else float(value) for key, value in measurements.items()
-        }
-        said = {_text(key): _scalar(value) for key, value in metadata.items()}
+        said = {_text(key): self._clean(_scalar(value)) for key, value in metadata.items()}
+        numbers: dict[str, int | float] = {}
+        for key, value in measurements.items():
+            number = _number(value)
+            if number is None:
+                said[_text(key)] = self._clean(_scalar(value))  # NaN, infinity, no number at all: said, not measured
+            else:
+                numbers[_text(key)] = number
         with self._lock:
             if len(self._events) >= MAX_EVENTS:
                 self._dropped += 1
             else:
                 self._events.append(Event(tuple(map(_text, name)), numbers, {**self._metadata, **said}))
 
+    def _clean(self, value: Scalar) -> Scalar:
+        if isinstance(value, str):
+            for secret in self._secrets:
+                value = value.replace(secret, "***")
+        return value
+
     def start(self) -> None:
         self.emit(("bridge", "execution", "start"), {"system_time": time.time_ns()}, {})
 
     def progress(self, done: float, total: float | None, message: str) -> None:
         share = f"{done:g}/{total:g}" if total is not None else f"{done:g}"
-        self._progress = _text(f"{share} {message}".strip())
+        self._progress = str(self._clean(_text(f"{share} {message}".strip())))
         measurements: dict[str, int | float] = {"done": done}
         if total is not None:
             measurements["total"] = total
@@ -111,6 +125,10 @@ class Recorder:
 
     def publish(self) -> None:
         """Show what there is so far; nothing happens if there is nothing new, or once the end was shown."""
+        with self._sending:
+            self._publish_batch()
+
+    def _publish_batch(self) -> None:
         with self._lock:
             if self._settled or not (self._events or self._dropped):
                 return
@@ -149,19 +167,29 @@ class Recorder:
         self._publish(msg_type, content)
 
 
-_NUMBERS: Final = (int, float)
-
-
 def _text(value: object) -> str:
     return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _number(value: object) -> int | float | None:
+    """A number that JSON can carry, or None."""
+    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+        return int(value)
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _scalar(value: object) -> Scalar:
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, int):
-        return int(value)
-    return float(value) if isinstance(value, float) else _text(value)
+    number = _number(value) if isinstance(value, int | float) else None
+    if number is not None:
+        return number
+    # The repr of an int beyond 4,300 digits raises; of so large a number its size says enough.
+    return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else _text(value)
 
 
 def _duration(ns: int) -> str:

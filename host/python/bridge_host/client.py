@@ -222,15 +222,18 @@ class KernelClient:
         """
         id = next(self._ids)
         content = comm_message(self._comm_id, encode_request(id, method, params))
-        limit = self.attached.limits.max_message_bytes if self.attached is not None else MAX_MESSAGE_BYTES
-        if (size := len(content) + sum(map(len, buffers))) > limit - HEADROOM:
-            raise LimitExceeded(
-                f"{method} takes {size} bytes, and its kernel takes {limit}",
-                remedy="Send less at once, or start kernels with a larger --Policy.max_message_bytes.",
-            )
+        self._check_size(method, content, buffers)
         future = self._expect(id)
         self._send(self._shell, "comm_msg", id, content, buffers)
         return id, future
+
+    def _check_size(self, what: str, content: bytes, buffers: Sequence[Buffer]) -> None:
+        limit = self.attached.limits.max_message_bytes if self.attached is not None else MAX_MESSAGE_BYTES
+        if (size := len(content) + sum(map(len, buffers))) > limit - HEADROOM:
+            raise LimitExceeded(
+                f"{what} takes {size} bytes, and its kernel takes {limit}",
+                remedy="Send less at once, or start kernels with a larger --Policy.max_message_bytes.",
+            )
 
     def forget(self, id: int) -> None:
         """Nobody waits for this reply any more; when it comes it is dropped."""
@@ -243,9 +246,14 @@ class KernelClient:
             self._send(self._control if control else self._shell, "comm_msg", next(self._ids), content)
 
     def answer(self, id: int | str, result: msgspec.Struct, buffers: Sequence[Buffer] = ()) -> None:
-        """Answer a callback. Does nothing once closed: the kernel that asked is gone."""
+        """Answer a callback. Does nothing once closed: the kernel that asked is gone.
+
+        Raises:
+            LimitExceeded: the answer is larger than the kernel takes.
+        """
         if self._closed is None:
             content = comm_message(self._comm_id, encode_success(id, result))
+            self._check_size("the answer", content, buffers)
             self._send(self._shell, "comm_msg", next(self._ids), content, buffers)
 
     def refuse(self, id: int | str, error: ErrorObject) -> None:
@@ -303,7 +311,7 @@ class KernelClient:
     def _command_of(self, envelope: Envelope) -> int | None:
         """The id of the command whose message is this one's parent: our msg_ids end in it."""
         session, _, id = _decode_header(envelope.parent).msg_id.rpartition("_")
-        return int(id) if session == self._codec.session and id.isdigit() else None
+        return int(id) if session == self._codec.session and id.isascii() and id.isdigit() and len(id) < 20 else None
 
     def _on_comm(self, envelope: Envelope) -> None:
         comm = comm_content(envelope.content)

@@ -17,6 +17,7 @@ from bridge_kernel.contract.errors import (
     BridgeError,
     Cancelled,
     DeadlineExceeded,
+    InternalError,
     InvalidParams,
     KernelDied,
     LimitExceeded,
@@ -131,6 +132,12 @@ class Running:
     def remove(self, scope: anyio.CancelScope) -> None:
         self._tools.discard(scope)
 
+    def begin(self, client: KernelClient) -> None:
+        """An attempt begins; what an earlier one left behind was ended with it."""
+        self.client = client
+        self._tools = set()
+        self._ended = False
+
     def end(self) -> None:
         """Nobody waits for its tools any more: cancel them. A tool in a thread runs on, and its result is dropped."""
         self._ended = True
@@ -206,7 +213,6 @@ class Engine:
         running = Running(session, method, subject, until, depth, trace, on_chunk)
         if started is not None:
             started(running)
-        session.commands += 1
         attempt, resend = 1, False
         while True:
             kernel = await self._acquire(running)
@@ -217,9 +223,12 @@ class Engine:
             try:
                 reply = await self._attempt(client, running, method, tried, build)
             except KernelDied as exc:
-                self._settle(client, running, attempt)
                 # Only if it is this kernel that died: a tool may have met another's death and passed it on.
-                if exc is not client.closed or attempt > retries:
+                if exc is not client.closed:
+                    raise
+                if running.client is client:
+                    self._settle(client, running, attempt)
+                if attempt > retries:
                     raise
                 attempt += 1
                 continue
@@ -279,8 +288,8 @@ class Engine:
         build: Callable[[Attempt], tuple[msgspec.Struct, Sequence[Buffer]]],
     ) -> Reply:
         params, buffers = build(attempt)
-        running.client = client
         running.id, future = client.request(method, params, buffers)
+        running.begin(client)
         key = (client, running.id)
         self._running[key] = running
         answered = False
@@ -366,7 +375,7 @@ class Engine:
                 raise MethodNotFound(f"a host has no {request.method!r}")
             try:
                 params: Any = decoder.decode(request.params)
-            except (msgspec.MsgspecError, RecursionError) as exc:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
                 raise InvalidParams(f"{request.method}: {exc}") from exc
             running = self._running_of(client, params.command)
             if running is None and params.command is None and client in self._cells:
@@ -378,10 +387,13 @@ class Engine:
                 self.tasks.start_soon(self._tool, client, request.id, running, tool, params, buffers)
                 return
             result, out = self._answer(running.session, request.method, params, buffers)
+            client.answer(request.id, result, out)
         except BridgeError as exc:
             client.refuse(request.id, error_object(exc))
-        else:
-            client.answer(request.id, result, out)
+        except Exception as exc:
+            # A mistake of ours: whoever waits in the kernel must hear of it all the same.
+            client.refuse(request.id, error_object(InternalError(f"{request.method}: {type(exc).__name__}: {exc}")))
+            raise
 
     def _answer(
         self, session: SessionState, method: str, params: Any, buffers: Sequence[Buffer]
@@ -447,7 +459,9 @@ class Engine:
                 answer = ValueResult(writer.write(result, f"{tool.name}()"))
                 client.answer(id, answer, writer.buffers)
                 outcome = "stop"
-            except (Exception, SystemExit) as exc:  # noqa: BLE001 - the boundary: what a tool raises goes to who called it
+            except asyncio.CancelledError:
+                raise
+            except BaseException as exc:  # noqa: BLE001 - the boundary: what a tool raises goes to who called it
                 metadata["error"] = type_of(exc)
                 client.refuse(id, error_object(exc, wrap=ToolError, hidden=OWN_FILES))
             finally:

@@ -142,7 +142,7 @@ class AsyncHost:
         """What each kernel uses and has done, by kernel id, from the kernels themselves."""
         found: dict[str, Stats] = {}
         for kernel in self.engine.pool.kernels:
-            if kernel.client is not None:
+            if kernel.client is not None and kernel.ready:
                 id, future = kernel.client.request("kernel.stats", Command())
                 try:
                     found[kernel.id] = _result("kernel.stats", await future)

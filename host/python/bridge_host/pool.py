@@ -57,7 +57,7 @@ class Kernel:
 
     @property
     def ready(self) -> bool:
-        return self.client is not None
+        return self.client is not None and self.client.closed is None
 
     @property
     def id(self) -> str:
@@ -151,16 +151,18 @@ class Pool:
                 reason = exc if isinstance(exc, BridgeError) else KernelStartFailed("the start was cancelled")
                 client.close(reason)
                 raise
-        except BaseException:
+            if self._closed or not process.alive:
+                client.close(HostClosed())
+                raise KernelStartFailed("the kernel ended as soon as it had started", remedy=process.log_tail())
+        except BaseException as exc:
             if kernel in self._kernels:
                 self._kernels.remove(kernel)
             process.kill()
             with anyio.CancelScope(shield=True):
                 await process.stop()
+            if isinstance(exc, OSError | zmq.ZMQError):
+                raise KernelStartFailed(f"a kernel could not be started: {exc}") from exc
             raise
-        if self._closed or not process.alive:
-            client.close(HostClosed())
-            raise KernelStartFailed("the kernel ended as soon as it had started", remedy=process.log_tail())
         kernel.client = client
         self._failures = 0
         self._telemetry.emit(
@@ -267,7 +269,7 @@ class Pool:
         best: Kernel | None = None
         least = (0, 0)
         for kernel in self._kernels:
-            if kernel.client is not None:
+            if kernel.client is not None and kernel.client.closed is None:
                 load = (kernel.client.in_flight, kernel.last_used)
                 if best is None or load < least:
                     best, least = kernel, load

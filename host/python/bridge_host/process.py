@@ -113,7 +113,7 @@ class KernelProcess:
             self._exited.set()
             on_exit()
 
-        if hasattr(os, "pidfd_open"):
+        with contextlib.suppress(AttributeError, OSError):  # not Linux, or forbidden in a sandbox
             self._watch_fd = os.pidfd_open(self.pid)
             self._loop.add_reader(self._watch_fd, exited)
             return

@@ -220,7 +220,7 @@ class SessionBase:
         state = self._state
         parts = {
             "variables": state.names(),
-            "instances": [f"{i.cls} {i.ref[:8]}" for i in state.instances.values()],
+            "instances": [f"{i.cls} {i.ref[:8]}" for i in list(state.instances.values())],
             "tools": sorted(state.tools),
             "functions": sorted(state.functions),
         }
@@ -541,7 +541,7 @@ class AsyncStream(Generic[T]):
             with self._scope:
                 try:
                     self.result = await run()
-                except BridgeError as exc:
+                except Exception as exc:  # noqa: BLE001 - whoever reads the stream is told
                     self._error = self._error or exc
                 except asyncio.CancelledError:
                     self._error = self._error or HostClosed("the host was closed, or the stream")
@@ -550,7 +550,9 @@ class AsyncStream(Generic[T]):
                     self._done = True
                     self._arrived.set()
 
-        self._engine.tasks.start_soon(pump)
+        if not self._engine.tasks.start_soon(pump):
+            self._error, self._done = HostClosed(), True
+            self._arrived.set()
 
     def _on_started(self, running: Running) -> None:
         self._running = running
@@ -597,6 +599,10 @@ class AsyncStream(Generic[T]):
 
     async def aclose(self) -> None:
         """Stop the generator in the kernel; what it had sent already is dropped."""
+        self.stop()
+
+    def stop(self) -> None:
+        """As `aclose`, from the loop's own thread."""
         self._chunks.clear()
         if not self._done and self._error is None:
             self._error = Cancelled("the stream was closed")

@@ -61,7 +61,6 @@ class SessionState:
         self.functions: dict[str, FunctionSource] = {}
         self.instances: dict[str, InstanceState] = {}
         self.lm: LM | None = None
-        self.commands = 0
         self.deleted = False
         self._variables: dict[str, Variable] = {}
         self._lock = threading.Lock()
@@ -95,8 +94,8 @@ class SessionState:
 
     def set(self, name: str, value: Stored) -> int:
         """Write a variable; returns its version, 1 for the first. Raises `NotFound` if the session was deleted."""
-        self.require()
         with self._lock:
+            self.require()
             known = self._variables.get(name)
             version = known.version + 1 if known else 1
             self._variables[name] = Variable(value, version)

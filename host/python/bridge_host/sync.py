@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
@@ -73,12 +74,12 @@ class Host:
         self._portal: BlockingPortal = stack.enter_context(start_blocking_portal("asyncio", name="bridge-host"))
         try:
             stack.enter_context(self._portal.wrap_async_context_manager(self._host))
-            self._loop: asyncio.AbstractEventLoop = self._portal.call(_running_loop)
+            self._loop, self._loop_thread = self._portal.call(_running_loop)
         except BaseException:
             stack.close()
             raise
         # A notebook's host is often never closed: end it with the interpreter, before its threads are gone.
-        self._finalizer = weakref.finalize(self, _close, stack, self._host)
+        self._finalizer = weakref.finalize(self, stack.close)
         current.opened(self)
 
     def __enter__(self) -> Self:
@@ -128,6 +129,11 @@ class Host:
     def _run(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
         """Run on the host's loop and wait. Ctrl-C cancels it, in the kernel too."""
         _ = self._host.engine  # closed: a clear error, not the portal's
+        if threading.get_ident() == self._loop_thread:
+            raise RuntimeError(
+                "this runs on the host's own event loop, which cannot wait for itself: make the tool a plain def, or "
+                "use AsyncHost and await"
+            )
         future = self._start(function, *args)
         try:
             return future.result()
@@ -142,12 +148,8 @@ class Host:
         return repr(self._host).replace("AsyncHost", "Host")
 
 
-async def _running_loop() -> asyncio.AbstractEventLoop:
-    return asyncio.get_running_loop()
-
-
-def _close(stack: contextlib.ExitStack, host: AsyncHost) -> None:
-    stack.close()
+async def _running_loop() -> tuple[asyncio.AbstractEventLoop, int]:
+    return asyncio.get_running_loop(), threading.get_ident()
 
 
 class Session(SessionBase):
@@ -183,7 +185,7 @@ class Session(SessionBase):
         async def start() -> AsyncStream[Any]:
             return self._async._stream(name, args, kwargs, deadline, parent)
 
-        return Stream(run(start), run)
+        return Stream(run(start), run, self._host._loop)
 
     def create(self, cls: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> Instance:
         """Make an object in a kernel and keep it here: as its recipe, and the state it has.
@@ -240,9 +242,10 @@ class Instance(InstanceBase):
 class Stream:
     """What a generator in a kernel yields, as it comes. `result` is what it returned, once it has ended."""
 
-    def __init__(self, stream: AsyncStream[Any], run: Callable[..., Any]) -> None:
+    def __init__(self, stream: AsyncStream[Any], run: Callable[..., Any], loop: asyncio.AbstractEventLoop) -> None:
         self._stream = stream
         self._run = run
+        self._loop = loop
 
     @property
     def result(self) -> Any:
@@ -259,5 +262,6 @@ class Stream:
             self.close()
 
     def close(self) -> None:
-        """Stop the generator in the kernel."""
-        self._run(self._stream.aclose)
+        """Stop the generator in the kernel. Does not wait: it may be called by the garbage collector, on any thread."""
+        with contextlib.suppress(RuntimeError):  # the host is closed, and its loop with it
+            self._loop.call_soon_threadsafe(self._stream.stop)

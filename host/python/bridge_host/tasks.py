@@ -19,13 +19,17 @@ class Tasks:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
 
-    def start_soon(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
-        """Run `function(*args)` as a task; what it raises is reported by the loop's exception handler."""
+    def start_soon(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> bool:
+        """Run `function(*args)` as a task; what it raises is reported by the loop's exception handler.
+
+        False if the host is closed, and nothing was started.
+        """
         if self._closed:
-            return
+            return False
         task = self._loop.create_task(function(*args))
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return True
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

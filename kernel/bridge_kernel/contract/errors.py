@@ -326,7 +326,7 @@ def type_of(exc: BaseException) -> str:
 
 def frames_of(tb: TracebackType | None, *, hidden: str = "") -> tuple[Frame, ...]:
     """The frames of a traceback, outermost first, without the leading ones whose file starts with `hidden`."""
-    # lookup_lines is left on: source that the kernel was sent is in linecache only while its command runs.
+    # lookup_lines is left on: source that the kernel was sent is in linecache only while it is kept compiled.
     summary = traceback.extract_tb(tb)
     frames = [Frame(_clip(f.filename), f.lineno or 0, _clip(f.name), _clip((f.line or "").strip())) for f in summary]
     start = 0
@@ -379,8 +379,8 @@ def redacted(error: ErrorObject, secrets: tuple[str, ...]) -> ErrorObject:
 
     data = error.data
     if data is not None:
-        frames = tuple(Frame(f.file, f.line, f.function, clean(f.code)) for f in data.traceback)
-        data = ErrorData(data.type, clean(data.message), frames, data.retryable, clean(data.remedy))
+        frames = tuple(Frame(clean(f.file), f.line, clean(f.function), clean(f.code)) for f in data.traceback)
+        data = ErrorData(clean(data.type), clean(data.message), frames, data.retryable, clean(data.remedy))
     return ErrorObject(error.code, clean(error.message), data)
 
 

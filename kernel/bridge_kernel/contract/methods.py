@@ -277,7 +277,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     commands: dict[str, int]
     """Counts since the start: received, running, succeeded, failed, cancelled."""
     dropped: dict[str, int]
-    """Messages dropped since the start, by reason: malformed, unknown, late."""
+    """Messages dropped since the start, by reason: malformed, unknown, late, failed."""
     sources: int
     connections: int
 

@@ -945,3 +945,57 @@ def test_a_kernel_that_closed_its_connection_is_not_chosen_any_more() -> None:
             other.close()
             eventually(lambda: [k.state for k in host.kernels()].count("ready") == 1, "the other kernel's end is seen")
             assert [host.session().call("math.sqrt", 4) for _ in range(4)] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["", "\udc80", 5])
+def test_a_name_that_cannot_be_written_is_refused_at_once(session: Session, name: Any) -> None:
+    for use in (lambda: session.update({name: 1}), lambda: session.__setitem__(name, 1), lambda: session.call(name)):
+        with pytest.raises((TypeError, ValueError), match="the name of a"):
+            use()
+    assert not session.variables()
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan")])
+def test_a_deadline_that_is_no_time_is_refused(session: Session, deadline: float) -> None:
+    with pytest.raises(ValueError, match="more than 0"):
+        session.call("math.sqrt", 4, deadline=deadline)
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+def test_whatever_a_tool_raises_is_its_answer_and_the_host_goes_on(session: Session, raised: Any) -> None:
+    @session.tool
+    def plain() -> None:
+        raise raised("mine")
+
+    @session.tool
+    async def awaited() -> None:
+        raise raised("mine")
+
+    session.function("f", "def f(ctx, tool):\n    ctx.call_tool(tool)\n")
+    for tool in ("plain", "awaited"):
+        with pytest.raises(BridgeError, match=raised.__name__):
+            session.call("f", tool, deadline=10)
+    assert session.call("math.sqrt", 4) == 2
+
+
+def test_a_stream_that_nobody_reads_is_stopped_when_it_is_dropped(lonely_host: Host) -> None:
+    session = lonely_host.session()
+    session.function("endless", "def endless():\n    while True:\n        yield 1\n")
+    for _ in range(3):
+        session.stream("endless")
+    (kernel,) = lonely_host.kernels()
+    eventually(lambda: lonely_host.stats()[kernel.id].commands["running"] == 1, "only kernel.stats runs")
+
+
+def test_a_fork_of_a_host_is_told_so_and_ends(lonely_host: Host) -> None:
+    session = lonely_host.session()
+    child = os.fork()
+    if child == 0:  # nothing of pytest's may run here
+        try:
+            session.call("math.sqrt", 4)
+        except HostClosed:
+            lonely_host.close()
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert session.call("math.sqrt", 4) == 2

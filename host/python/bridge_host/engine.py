@@ -199,6 +199,8 @@ class Engine:
             BridgeError: what the kernel answered, or what became of the kernel.
         """
         session.require()
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"a deadline is how many seconds there are, more than 0, not {deadline!r}")
         parent = parent or CURRENT.get()
         depth = parent.depth + 1 if parent is not None else 0
         if depth > MAX_NESTING:
@@ -459,9 +461,10 @@ class Engine:
                 answer = ValueResult(writer.write(result, f"{tool.name}()"))
                 client.answer(id, answer, writer.buffers)
                 outcome = "stop"
-            except asyncio.CancelledError:
-                raise
-            except BaseException as exc:  # noqa: BLE001 - the boundary: what a tool raises goes to who called it
+            except BaseException as exc:
+                task = asyncio.current_task()
+                if isinstance(exc, asyncio.CancelledError) and (scope.cancel_called or (task and task.cancelling())):
+                    raise  # we cancelled it; one that the tool itself raised is its answer like any other
                 metadata["error"] = type_of(exc)
                 client.refuse(id, error_object(exc, wrap=ToolError, hidden=OWN_FILES))
             finally:

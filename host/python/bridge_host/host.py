@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import anyio
 
-from bridge_kernel.contract.errors import HostClosed
+from bridge_kernel.contract.errors import HostClosed, KernelDied
 from bridge_kernel.contract.methods import Command
 from bridge_kernel.contract.values import Ref, ToolRef
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from .store import SessionState
 
 __all__ = ("AsyncHost",)
+
+STATS_S: Final = 5.0
 
 
 class AsyncHost:
@@ -136,16 +140,18 @@ class AsyncHost:
         engine = self.engine
         kernel = await engine.pool.attach(connection_file, session)
         assert kernel.client is not None
-        engine.cells_of(kernel.client, self._sessions.open(session or None))
+        engine.cells_of(kernel.client, self._sessions.open(session if session else None))
 
     async def stats(self) -> dict[str, Stats]:
-        """What each kernel uses and has done, by kernel id, from the kernels themselves."""
+        """What each kernel uses and has done, by kernel id. A kernel that does not answer within 5 s is left out."""
         found: dict[str, Stats] = {}
         for kernel in self.engine.pool.kernels:
             if kernel.client is not None and kernel.ready:
                 id, future = kernel.client.request("kernel.stats", Command())
                 try:
-                    found[kernel.id] = _result("kernel.stats", await future)
+                    with contextlib.suppress(TimeoutError, KernelDied):
+                        async with asyncio.timeout(STATS_S):
+                            found[kernel.id] = _result("kernel.stats", await future)
                 finally:
                     kernel.client.forget(id)
         return found

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,16 +31,21 @@ SHUTDOWN_S: Final = 3.0
 LOG_TAIL: Final = 4000  # characters of a dead kernel's log that go into its error
 
 
+def _remove(path: str, pid: int) -> None:
+    if os.getpid() == pid:  # a fork shares the directory, but does not own it
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class RuntimeDirectory:
     """A private directory for connection files, IPC sockets and logs; removed when it is closed."""
 
     def __init__(self) -> None:
         # Short on purpose: the path of a Unix socket has room for 107 bytes.
-        self._directory = tempfile.TemporaryDirectory(prefix="bridge-", ignore_cleanup_errors=True)
-        self.path = Path(self._directory.name)  # made with mode 0700
+        self.path = Path(tempfile.mkdtemp(prefix="bridge-"))  # made with mode 0700
+        self._finalizer = weakref.finalize(self, _remove, str(self.path), os.getpid())
 
     def close(self) -> None:
-        self._directory.cleanup()
+        self._finalizer()
 
 
 class KernelProcess:

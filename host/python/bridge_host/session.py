@@ -27,7 +27,7 @@ from bridge_kernel.contract.values import Ref
 
 from .engine import record_of
 from .functions import FunctionSource, source_of
-from .store import InstanceState
+from .store import InstanceState, check_name
 from .tools import Tool
 from .values import ValueReader, ValueWriter, store, store_tree
 
@@ -76,9 +76,7 @@ class SessionBase:
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Write a variable; raises `NotSerializable` if the value could not reach a kernel."""
-        if not name:
-            raise ValueError("a variable's name is a string that is not empty")
-        self._state.set(name, store(value, name))
+        self._state.set(name, store(value, check_name("variable", name)))
 
     def __delitem__(self, name: str) -> None:
         self._state.delete(name)
@@ -100,7 +98,7 @@ class SessionBase:
 
     def update(self, values: dict[str, Any]) -> None:
         """Write several variables; if one of them cannot be carried, none is written."""
-        stored = {name: store(value, name) for name, value in values.items()}
+        stored = {name: store(value, check_name("variable", name)) for name, value in values.items()}
         for name, value in stored.items():
             self._state.set(name, value)
 
@@ -194,7 +192,7 @@ class SessionBase:
     def _function_call(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], credit: int = 0
     ) -> tuple[Callable[[Attempt], tuple[msgspec.Struct, Sequence[Buffer]]], FunctionSource | None]:
-        source = self._state.functions.get(name)
+        source = self._state.functions.get(check_name("function", name))
         writer = ValueWriter()
         written_args, written_kwargs = writer.write_all(args, kwargs)
         lm = self._state.lm if name.startswith("dspy.") or (source is not None and source.lm) else None

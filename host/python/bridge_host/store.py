@@ -22,7 +22,24 @@ if TYPE_CHECKING:
     from .functions import FunctionSource
     from .tools import Tool
 
-__all__ = ("InstanceState", "MemoryStore", "SessionState", "Variable")
+__all__ = ("InstanceState", "MemoryStore", "SessionState", "Variable", "check_name")
+
+
+def check_name(kind: str, name: object) -> str:
+    """A name that every host and kernel can write: a string, not empty, of real characters.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a {kind} is a string, not {name!r}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the name of a {kind} holds half a character: {name!r}") from None
+    if not name:
+        raise ValueError(f"the name of a {kind} is a string that is not empty")
+    return name
 
 
 class Variable(msgspec.Struct, frozen=True):
@@ -94,6 +111,7 @@ class SessionState:
 
     def set(self, name: str, value: Stored) -> int:
         """Write a variable; returns its version, 1 for the first. Raises `NotFound` if the session was deleted."""
+        check_name("variable", name)
         with self._lock:
             self.require()
             known = self._variables.get(name)
@@ -163,7 +181,7 @@ class MemoryStore:
 
     def open(self, id: str | None = None) -> SessionState:
         """The session of that id, made if there is none; a new one if no id is given."""
-        id = id or f"session-{uuid.uuid4().hex[:12]}"
+        id = check_name("session", id) if id is not None else f"session-{uuid.uuid4().hex[:12]}"
         with self._lock:
             return self._sessions.setdefault(id, SessionState(id))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Self
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from bridge_kernel.contract.errors import BridgeError
+from bridge_kernel.contract.errors import BridgeError, HostClosed
 from bridge_kernel.contract.values import Ref
 
 from . import current
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from .telemetry import Telemetry
 
 __all__ = ("Host", "Instance", "Session", "Stream")
+
+
+_of_the_parent: list[contextlib.ExitStack] = []
 
 
 class _SyncHost(AsyncHost):
@@ -79,7 +83,8 @@ class Host:
             stack.close()
             raise
         # A notebook's host is often never closed: end it with the interpreter, before its threads are gone.
-        self._finalizer = weakref.finalize(self, stack.close)
+        self._pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _close, stack, self._pid)
         current.opened(self)
 
     def __enter__(self) -> Self:
@@ -121,6 +126,11 @@ class Host:
         found: dict[str, Stats] = self._run(self._host.stats)
         return found
 
+    def _require_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise HostClosed("this process is a fork of the host's", remedy="Open a host of its own here.")
+        _ = self._host.engine  # closed: a clear error, not the loop's
+
     def _start(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Future[Any]:
         """Start on the host's loop; cancelling the future cancels the task."""
         # Not the portal's own way: that costs a quarter of a command's round trip more.
@@ -128,7 +138,7 @@ class Host:
 
     def _run(self, function: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> Any:
         """Run on the host's loop and wait. Ctrl-C cancels it, in the kernel too."""
-        _ = self._host.engine  # closed: a clear error, not the portal's
+        self._require_open()
         if threading.get_ident() == self._loop_thread:
             raise RuntimeError(
                 "this runs on the host's own event loop, which cannot wait for itself: make the tool a plain def, or "
@@ -148,8 +158,22 @@ class Host:
         return repr(self._host).replace("AsyncHost", "Host")
 
 
+def _close(stack: contextlib.ExitStack, pid: int) -> None:
+    if os.getpid() == pid:
+        stack.close()
+    else:
+        # In a fork the host's thread does not exist, and what is there is the parent's. Kept, for to be collected
+        # the stack would run what it holds.
+        _of_the_parent.append(stack)
+
+
 async def _running_loop() -> tuple[asyncio.AbstractEventLoop, int]:
     return asyncio.get_running_loop(), threading.get_ident()
+
+
+def _stop(loop: asyncio.AbstractEventLoop, stream: AsyncStream[Any]) -> None:
+    with contextlib.suppress(RuntimeError):  # the host is closed, and its loop with it
+        loop.call_soon_threadsafe(stream.stop)
 
 
 class Session(SessionBase):
@@ -175,7 +199,7 @@ class Session(SessionBase):
         self, name: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any
     ) -> Future[Any]:
         """As `call`, without waiting: a `concurrent.futures.Future`, whose `cancel()` cancels it in the kernel."""
-        _ = self._host._host.engine
+        self._host._require_open()
         return self._host._start(self._async._call, name, args, kwargs, deadline, retries, CURRENT.get())
 
     def stream(self, name: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> Stream:
@@ -245,7 +269,9 @@ class Stream:
     def __init__(self, stream: AsyncStream[Any], run: Callable[..., Any], loop: asyncio.AbstractEventLoop) -> None:
         self._stream = stream
         self._run = run
-        self._loop = loop
+        # A stream that is dropped, iterated or not, must not leave its generator waiting in the kernel.
+        self._finalizer = weakref.finalize(self, _stop, loop, stream)
+        self._finalizer.atexit = False
 
     @property
     def result(self) -> Any:
@@ -263,5 +289,4 @@ class Stream:
 
     def close(self) -> None:
         """Stop the generator in the kernel. Does not wait: it may be called by the garbage collector, on any thread."""
-        with contextlib.suppress(RuntimeError):  # the host is closed, and its loop with it
-            self._loop.call_soon_threadsafe(self._stream.stop)
+        self._finalizer()

@@ -23,7 +23,8 @@ from .current import Bridge, SessionStore
 from .engine import Output
 from .host import AsyncHost
 from .pool import KernelStatus
-from .session import AsyncInstance, AsyncSession, AsyncStream
+from .session import AsyncInstance, AsyncSession
+from .stream import AsyncStream
 from .sync import Host, Instance, Session, Stream
 from .telemetry import Telemetry
 from .tools import Tool

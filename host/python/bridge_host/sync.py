@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from .engine import Output
     from .pool import KernelStatus
-    from .session import AsyncStream
     from .store import SessionState
+    from .stream import AsyncStream
     from .telemetry import Telemetry
 
 __all__ = ("Host", "Instance", "Session", "Stream")

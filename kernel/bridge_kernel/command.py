@@ -23,10 +23,12 @@ from .contract.errors import (
     error_object,
     exception_from,
     redacted,
+    without_secrets,
 )
+from .contract.frames import HEADROOM, UNDECODABLE
 from .contract.messages import Failure, Success
 from .contract.methods import CALLBACKS, FunctionStream
-from .contract.telemetry import Trace
+from .contract.telemetry import Trace, display_id
 from .credit import Credit
 from .output import CURRENT, Output
 from .stops import CommandStopped, calm, stop_thread
@@ -46,7 +48,6 @@ __all__ = ("Answer", "RunningCommand")
 OWN_FILES: Final = os.path.dirname(__file__) + os.sep
 """Frames of the kernel's own files are left out at the head of a traceback: people want to see theirs."""
 
-HEADROOM: Final = 4096  # of a message: its headers and signature
 SHORT_NS: Final = 20_000_000
 """Below this, publishing a command's telemetry at once would be a good part of what the next one takes."""
 SHORTEST_SECRET: Final = 8  # a shorter one would be found in innocent words
@@ -60,8 +61,6 @@ class Answer(NamedTuple):
     result: msgspec.Struct
     buffers: Sequence[Buffer] = ()
 
-
-Handler = "Callable[[RunningCommand, Any], Answer | Coroutine[Any, Any, Answer]]"
 
 Reply = Success | Failure | CommandStopped
 
@@ -129,7 +128,7 @@ class RunningCommand:
             "parent_span_id": self.trace.parent_span_id,
         }
         self.recorder = Recorder(
-            id, subject, metadata, self._publish_display, f"bridge-{connection.comm_id}-{id}", self.secrets
+            id, subject, metadata, self._publish_display, display_id(connection.comm_id, id), self.secrets
         )
         self.recorder.start()
         self._received = time.perf_counter_ns()
@@ -393,7 +392,7 @@ class RunningCommand:
             raise exception_from(reply.error)
         try:
             return _decoders[method].decode(reply.result), buffers
-        except msgspec.MsgspecError as exc:
+        except UNDECODABLE as exc:
             raise InternalError(f"the host's reply to {method} does not fit the contract: {exc}") from exc
 
     # -- waiting for credit ------------------------------------------------------
@@ -436,8 +435,7 @@ class RunningCommand:
     # -- publishing --------------------------------------------------------------
 
     def _publish_output(self, name: str, text: str) -> None:
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
+        text = without_secrets(text, self.secrets)
         content = msgspec.json.encode({"name": name, "text": text.encode("utf-8", "replace").decode()})
         self._bytes_out += len(content)
         self.connection.publish_as("stream", content, self.parent)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .command import RunningCommand
     from .contract.errors import ErrorObject
     from .contract.frames import Buffer
-    from .contract.methods import HostIdentity
     from .sockets import Iopub, Publisher
 
 __all__ = ("Connection",)
@@ -31,7 +30,6 @@ class Connection:
     def __init__(self, comm_id: str, iopub: Iopub, publisher: Publisher) -> None:
         self.comm_id = comm_id
         self.topic = f"comm-{comm_id}".encode()
-        self.host: HostIdentity | None = None
         self.session = ""
         self.commands: dict[int | str, RunningCommand] = {}
         self._callbacks: dict[int, RunningCommand] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from .contract.errors import NotFound
+from .contract.errors import NotFound, without_secrets
 from .contract.methods import (
     Progress,
     SessionDelete,
@@ -58,8 +58,7 @@ class _Context:
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Tell the host how far the command is; seen in its live line of telemetry."""
         self._command.recorder.progress(done, total, message)
-        for secret in self._command.secrets:
-            message = message.replace(secret, "***")
+        message = without_secrets(message, self._command.secrets)
         self._command.notify("command.progress", Progress(self._command.id, done, total, message))
 
     @contextmanager

@@ -33,7 +33,7 @@ from .contract.errors import (
     ProtocolMismatch,
     error_object,
 )
-from .contract.frames import MalformedFrames, comm_close, comm_content, receive, send
+from .contract.frames import UNDECODABLE, MalformedFrames, comm_close, comm_content, receive, send
 from .contract.messages import (
     COMM_TARGET,
     PROTOCOL_VERSION,
@@ -300,7 +300,7 @@ class Lane:
     def _shut_down(self, socket: zmq.Socket[bytes], envelope: Envelope) -> None:
         try:
             restart = _decode_shutdown(envelope.content).restart
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        except UNDECODABLE as exc:
             raise MalformedFrames(f"shutdown_request: {exc}") from exc
         for connection in self.connections:
             connection.close("the kernel is shutting down")
@@ -323,7 +323,7 @@ class Lane:
     def _comms_asked_for(self, envelope: Envelope) -> dict[str, dict[str, str]]:
         try:
             target = _decode_comm_info(envelope.content).target_name
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        except UNDECODABLE as exc:
             raise MalformedFrames(f"comm_info_request: {exc}") from exc
         return self.comms() if not target or target == COMM_TARGET else {}
 
@@ -372,7 +372,6 @@ class Lane:
             frames = self._sockets.publisher.frames([connection.topic], "comm_close", comm_close(comm_id))
             self._sockets.iopub.send(frames)
             return
-        connection.host = params.host
         connection.session = params.session
         self._connections[comm_id] = connection
         self._runtime.connections = len(self._connections)
@@ -398,7 +397,7 @@ class Lane:
     def _params(self, method: Method, raw: msgspec.Raw) -> Any:
         try:
             return _decoders[method.name].decode(raw)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        except UNDECODABLE as exc:
             raise InvalidParams(f"{method.name}: {exc}") from exc
 
     def _on_message(self, connection: Connection, envelope: Envelope, data: msgspec.Raw) -> None:

@@ -9,6 +9,7 @@ from traitlets import Bool, Int, List, Unicode
 from traitlets.config import Configurable
 
 from .contract.errors import PolicyDenied
+from .contract.frames import MAX_MESSAGE_BYTES
 
 __all__ = ("Policy",)
 
@@ -26,7 +27,9 @@ class Policy(Configurable):
     allow_source = Bool(True, help="May a session send the source of functions?").tag(config=True)
     allow_pickle = Bool(True, help="May the state of an instance be a pickle?").tag(config=True)
     allow_execute = Bool(True, help="May cells be run with execute_request?").tag(config=True)
-    max_message_bytes = Int(1 << 28, min=1 << 16, help="The largest message taken, buffers included.").tag(config=True)
+    max_message_bytes = Int(MAX_MESSAGE_BYTES, min=1 << 16, help="The largest message taken, buffers included.").tag(
+        config=True
+    )
     max_commands = Int(256, min=1, help="Commands running or waiting at once; one more is Overloaded.").tag(config=True)
     max_connections = Int(64, min=1, help="Hosts attached at once.").tag(config=True)
     max_sources = Int(256, min=1, help="Functions' sources kept compiled; the least recently used goes.").tag(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from .contract.errors import type_of
+from .contract.errors import type_of, without_secrets
 from .contract.telemetry import TELEMETRY_MIME, Event, EventBatch, Scalar
 
 if TYPE_CHECKING:
@@ -75,10 +75,7 @@ class Recorder:
                 self._events.append(Event(tuple(map(_text, name)), numbers, {**self._metadata, **said}))
 
     def _clean(self, value: Scalar) -> Scalar:
-        if isinstance(value, str):
-            for secret in self._secrets:
-                value = value.replace(secret, "***")
-        return value
+        return without_secrets(value, self._secrets) if isinstance(value, str) else value
 
     def start(self) -> None:
         self.emit(("bridge", "execution", "start"), {"system_time": time.time_ns()}, {})

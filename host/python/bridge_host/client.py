@@ -25,6 +25,9 @@ from bridge_kernel.contract.errors import (
     exception_from,
 )
 from bridge_kernel.contract.frames import (
+    HEADROOM,
+    MAX_MESSAGE_BYTES,
+    UNDECODABLE,
     FrameCodec,
     Header,
     MalformedFrames,
@@ -49,6 +52,7 @@ from bridge_kernel.contract.messages import (
     encode_success,
 )
 from bridge_kernel.contract.methods import Attach, Attached, HostIdentity
+from bridge_kernel.contract.telemetry import display_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,8 +62,6 @@ if TYPE_CHECKING:
 
 __all__ = ("ConnectionInfo", "KernelClient", "Listener", "Reply", "StreamText")
 
-MAX_MESSAGE_BYTES: Final = 1 << 28
-HEADROOM: Final = 4096  # headers and signature
 RECONNECT_MS: Final = 5
 PUMP_MS: Final = 5
 BURST: Final = 256  # messages read before the loop's other tasks get their turn
@@ -153,7 +155,7 @@ class KernelClient:
 
     def display_id(self, command: int | str) -> str:
         """The id of the display in which the kernel shows that command's telemetry."""
-        return f"bridge-{self._comm_id}-{command}"
+        return display_id(self._comm_id, command)
 
     @property
     def closed(self) -> BridgeError | None:
@@ -192,7 +194,7 @@ class KernelClient:
             raise KernelStartFailed(f"the kernel did not answer within {timeout_s:g} s") from None
         try:
             self.attached = _decode_attached(reply.result)
-        except msgspec.MsgspecError as exc:
+        except UNDECODABLE as exc:
             raise InternalError(f"the kernel's answer to bridge.attach does not fit the contract: {exc}") from exc
         return self.attached
 
@@ -285,7 +287,7 @@ class KernelClient:
                 return
             try:
                 self._on_frames(frames)
-            except (MalformedFrames, BridgeError, msgspec.MsgspecError, UnicodeDecodeError):
+            except (MalformedFrames, BridgeError, *UNDECODABLE):
                 self.dropped += 1
             except BaseException:
                 self._loop.call_soon(self._readable)  # the descriptor will not say again what is left to read

@@ -27,6 +27,7 @@ from bridge_kernel.contract.errors import (
     error_object,
     type_of,
 )
+from bridge_kernel.contract.frames import UNDECODABLE
 from bridge_kernel.contract.methods import (
     CALLBACKS,
     Cancel,
@@ -34,7 +35,6 @@ from bridge_kernel.contract.methods import (
     GiveCredit,
     InstanceRecord,
     Nothing,
-    Progress,
     State,
     ToolCall,
     Tools,
@@ -71,7 +71,6 @@ LATE_S: Final = 0.5  # how long after its deadline a kernel may still say so its
 OWN_FILES: Final = os.path.dirname(__file__) + os.sep
 
 _decoders: Final = {m.name: msgspec.json.Decoder(m.params) for m in CALLBACKS.values()}
-_decode_progress: Final = msgspec.json.Decoder(Progress).decode
 _decode_chunk: Final = msgspec.json.Decoder(Chunk).decode
 
 
@@ -115,7 +114,6 @@ class Running:
         self.depth = depth
         self.trace = trace
         self.on_chunk = on_chunk
-        self.progress: Progress | None = None
         self.client: KernelClient | None = None
         self.id = 0
         self._tools: set[anyio.CancelScope] = set()
@@ -357,11 +355,7 @@ class Engine:
             running = self._running_of(client, chunk.command)
             if running is not None and running.on_chunk is not None:
                 running.on_chunk(chunk, buffers)
-        elif message.method == "command.progress":
-            progress = _decode_progress(message.params)
-            running = self._running_of(client, progress.command)
-            if running is not None:
-                running.progress = progress
+        # command.progress is in the command's telemetry too, which is where the host shows it.
 
     def _running_of(self, client: KernelClient, command: int | str | None) -> Running | None:
         return self._running.get((client, command)) if isinstance(command, int) else None
@@ -377,7 +371,7 @@ class Engine:
                 raise MethodNotFound(f"a host has no {request.method!r}")
             try:
                 params: Any = decoder.decode(request.params)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+            except UNDECODABLE as exc:
                 raise InvalidParams(f"{request.method}: {exc}") from exc
             running = self._running_of(client, params.command)
             if running is None and params.command is None and client in self._cells:

@@ -160,8 +160,8 @@ class KernelProcess:
                 await self._exited.wait()
         await self._manager.cleanup_resources()
 
-    def kill(self, signum: int = signal.SIGKILL) -> None:
-        """Signal the kernel's whole process group; does nothing once it has ended."""
+    def kill(self) -> None:
+        """Kill the kernel's whole process group; does nothing once it has ended."""
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.pid, signum)
+                os.killpg(self.pid, signal.SIGKILL)

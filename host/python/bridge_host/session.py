@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 import msgspec
 
 from bridge_kernel.contract.errors import InternalError, NotFound
+from bridge_kernel.contract.frames import UNDECODABLE
 from bridge_kernel.contract.methods import (
     COMMANDS,
     LM,
@@ -50,7 +51,7 @@ _decoders: Final = {name: msgspec.json.Decoder(m.result) for name, m in COMMANDS
 def _result(method: str, reply: Reply) -> Any:
     try:
         return _decoders[method].decode(reply.result)
-    except msgspec.MsgspecError as exc:
+    except UNDECODABLE as exc:
         raise InternalError(f"the kernel's answer to {method} does not fit the contract: {exc}") from exc
 
 

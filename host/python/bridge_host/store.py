@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,6 @@ class SessionState:
 
     def __init__(self, id: str) -> None:
         self.id = id
-        self.created = time.time()
         self.tools: dict[str, Tool] = {}
         self.functions: dict[str, FunctionSource] = {}
         self.instances: dict[str, InstanceState] = {}
@@ -185,14 +183,6 @@ class MemoryStore:
         with self._lock:
             return self._sessions.setdefault(id, SessionState(id))
 
-    def get(self, id: str) -> SessionState:
-        """Raises `NotFound`."""
-        try:
-            return self._sessions[id]
-        except KeyError:
-            there = ", ".join(sorted(self._sessions)[:20]) or "none"
-            raise NotFound(f"there is no session {id!r}", remedy=f"There is: {there}.") from None
-
     def delete(self, id: str) -> None:
         """Forget a session and all it owns. Raises `NotFound`."""
         with self._lock:
@@ -204,9 +194,6 @@ class MemoryStore:
     def __iter__(self) -> Iterator[str]:
         with self._lock:
             return iter(sorted(self._sessions))
-
-    def __contains__(self, id: object) -> bool:
-        return id in self._sessions
 
     def __len__(self) -> int:
         return len(self._sessions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -14,14 +14,7 @@ if TYPE_CHECKING:
 
     from bridge_kernel.contract.frames import Buffer
 
-__all__ = ("HasTag", "Stored", "ValueReader", "ValueWriter", "store", "store_tree")
-
-
-class HasTag(Protocol):
-    """What stands for something on the wire: an instance for its ref, a tool for itself."""
-
-    @property
-    def __bridge_tag__(self) -> Tag: ...
+__all__ = ("Stored", "ValueReader", "ValueWriter", "store", "store_tree")
 
 
 def _as_tag(value: object) -> Tag | None:

@@ -50,6 +50,7 @@ __all__ = (
     "exception_from",
     "redacted",
     "type_of",
+    "without_secrets",
 )
 
 MAX_FRAMES: Final = 64  # traceback frames on the wire: both ends of a recursion, not its middle
@@ -367,15 +368,20 @@ def error_object(
     return ErrorObject(wrap.code, text, ErrorData(name, message, frames, remedy=wrap.default_remedy))
 
 
+def without_secrets(text: str, secrets: tuple[str, ...]) -> str:
+    """The same text with each secret starred out."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
+
+
 def redacted(error: ErrorObject, secrets: tuple[str, ...]) -> ErrorObject:
     """The same error without secrets: a provider that refuses a key likes to repeat it."""
     if not secrets:
         return error
 
     def clean(text: str) -> str:
-        for secret in secrets:
-            text = text.replace(secret, "***")
-        return text
+        return without_secrets(text, secrets)
 
     data = error.data
     if data is not None:

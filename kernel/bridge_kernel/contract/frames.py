@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = (
     "DELIMITER",
+    "HEADROOM",
     "JUPYTER_VERSION",
+    "MAX_MESSAGE_BYTES",
+    "UNDECODABLE",
     "Buffer",
     "Envelope",
     "FrameCodec",
@@ -38,6 +41,12 @@ DELIMITER: Final = b"<IDS|MSG>"
 JUPYTER_VERSION: Final = "5.4"
 """The version of the Jupyter messaging protocol that every header of ours states."""
 
+UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding a peer's JSON may raise: msgspec reports text that is no UTF-8, and depth, in Python's own words."""
+MAX_MESSAGE_BYTES: Final = 1 << 28
+"""The largest message that either side takes unless told otherwise, buffers included."""
+HEADROOM: Final = 4096
+"""Bytes of a message kept free for its headers and signature."""
 MAX_IDENTITIES: Final = 8  # one is usual; each router on the way adds one
 MAX_FRAMES: Final = 4096  # identities and buffers included
 REMEMBERED: Final = 65_536
@@ -96,7 +105,9 @@ class FrameCodec:
     Not thread-safe for unpacking (one thread owns a socket); packing may happen on any thread.
     """
 
-    def __init__(self, key: bytes, *, session: str, username: str = "bridge", max_bytes: int = 1 << 28) -> None:
+    def __init__(
+        self, key: bytes, *, session: str, username: str = "bridge", max_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
         """`max_bytes` bounds one message, buffers included.
 
         Raises:
@@ -171,7 +182,7 @@ class FrameCodec:
         self._seen.add(signature)
         try:
             decoded = _decode_header(header)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+        except UNDECODABLE as exc:
             raise MalformedFrames(f"header: {exc}") from exc
         identities = [bytes(f) for f in frames[:start]]
         return Envelope(identities, decoded, header, parent, metadata, content, frames[start + 6 :])
@@ -185,7 +196,7 @@ def comm_content(content: bytes) -> CommMessage:
     """
     try:
         return _decode_comm(content)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
+    except UNDECODABLE as exc:
         raise MalformedFrames(f"comm content: {exc}") from exc
 
 

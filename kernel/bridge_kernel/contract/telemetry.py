@@ -7,11 +7,16 @@ from typing import Annotated, Final
 
 import msgspec
 
-__all__ = ("TELEMETRY_MIME", "Event", "EventBatch", "Scalar", "Trace")
+__all__ = ("TELEMETRY_MIME", "Event", "EventBatch", "Scalar", "Trace", "display_id")
 
 TELEMETRY_MIME: Final = "application/vnd.bridge.telemetry.v1+json"
 
 Scalar = str | int | float | bool | None
+
+
+def display_id(comm_id: str, command: int | str) -> str:
+    """The id of the display in which a command's telemetry is shown."""
+    return f"bridge-{comm_id}-{command}"
 
 
 class Event(msgspec.Struct, frozen=True):

@@ -92,6 +92,15 @@ class Attempt(NamedTuple):
     traceparent: str
     with_source: bool
 
+    def common(self, session: str) -> dict[str, Any]:
+        """What every command's parameters begin with."""
+        return {
+            "session": session,
+            "deadline": self.deadline,
+            "attempt": self.attempt,
+            "traceparent": self.traceparent,
+        }
+
 
 class Running:
     """A command that a kernel runs for us now."""

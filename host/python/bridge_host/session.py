@@ -198,10 +198,7 @@ class SessionBase:
         def build(attempt: Attempt) -> tuple[msgspec.Struct, Sequence[Buffer]]:
             function = PathFunction(name) if source is None else source.ref(with_source=attempt.with_source)
             common: dict[str, Any] = {
-                "session": self._state.id,
-                "deadline": attempt.deadline,
-                "attempt": attempt.attempt,
-                "traceparent": attempt.traceparent,
+                **attempt.common(self._state.id),
                 "function": function,
                 "args": written_args,
                 "kwargs": written_kwargs,
@@ -329,10 +326,7 @@ class AsyncSession(SessionBase):
             writer = ValueWriter()
             written = writer.write_all(stored_args.read("args"), stored_kwargs.read("kwargs"))
             params = InstanceCreate(
-                session=self._state.id,
-                deadline=attempt.deadline,
-                attempt=attempt.attempt,
-                traceparent=attempt.traceparent,
+                **attempt.common(self._state.id),
                 record=InstanceRecord(ref, cls, *written),
             )
             return params, writer.buffers
@@ -363,9 +357,7 @@ class AsyncSession(SessionBase):
         retries: int = 0,
         parent: Running | None = None,
     ) -> Any:
-        read = self._state.instance(ref).version
-        call_writer = ValueWriter()
-        call_writer.write_all(args, kwargs)  # a value that cannot cross is said to be before anything is sent
+        read = 0  # the version that the attempt which succeeds was built from
 
         def build(attempt: Attempt) -> tuple[msgspec.Struct, Sequence[Buffer]]:
             nonlocal read
@@ -375,10 +367,7 @@ class AsyncSession(SessionBase):
             record = record_of(instance, writer)
             written_args, written_kwargs = writer.write_all(args, kwargs)
             params = InstanceCall(
-                session=self._state.id,
-                deadline=attempt.deadline,
-                attempt=attempt.attempt,
-                traceparent=attempt.traceparent,
+                **attempt.common(self._state.id),
                 record=record,
                 method=method,
                 args=written_args,
@@ -410,10 +399,7 @@ class AsyncSession(SessionBase):
         def build(attempt: Attempt) -> tuple[msgspec.Struct, Sequence[Buffer]]:
             writer = ValueWriter()
             params = ObjectInspect(
-                session=self._state.id,
-                deadline=attempt.deadline,
-                attempt=attempt.attempt,
-                traceparent=attempt.traceparent,
+                **attempt.common(self._state.id),
                 path=target if ref is None and source is None else None,
                 function=source.ref(with_source=True) if source is not None else None,
                 record=record_of(self._state.instance(ref), writer) if ref is not None else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -1324,7 +1325,7 @@ def test_a_host_that_is_cut_off_takes_its_commands_with_it(kernel: Kernel, host:
 
 def _gone(process: psutil.Process) -> bool:
     try:
-        return process.status() == psutil.STATUS_ZOMBIE
+        return process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return True
 
@@ -1376,8 +1377,9 @@ def test_a_kernel_whose_parent_was_killed_ends_with_all_that_it_started(
         assert parent.stdout is not None
         parent.stdout.close()
         for process in processes:
-            if not _gone(process):
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end of itself between the look and the kill
+                if not _gone(process):
+                    process.kill()
 
 
 def test_a_kernel_whose_parent_was_gone_before_it_started_ends_at_once(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m bench.latency
+	$(BIN)/python -m bench.store
+	$(BIN)/python -m bench.pool
 
 clean:
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,9 +16,9 @@ import pytest
 import zmq
 
 from bridge_kernel.contract import openrpc
-from bridge_kernel.contract.errors import NotFound
+from bridge_kernel.contract.errors import Conflict, NotFound
 from bridge_kernel.contract.frames import DELIMITER, comm_message
-from bridge_kernel.contract.messages import Failure, Success, encode_request
+from bridge_kernel.contract.messages import Failure, Request, Success, encode_request
 from bridge_kernel.contract.methods import COMMANDS
 from bridge_kernel.contract.telemetry import TELEMETRY_MIME
 from wire import Kernel, Wire, kernel_command, source, write_connection_file
@@ -690,6 +690,49 @@ def test_interrupt_cancels_all_running_commands(host: Wire) -> None:
     assert host.run("math.fabs", -1).value == 1
 
 
+def run_cell(host: Wire, code: str) -> str:
+    """Send a cell to the kernel; the msg_id to which it replies."""
+    content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
+    return host.send("execute_request", json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("caught", [True, False])
+def test_stopping_a_command_leaves_the_interpreter_as_it_was(start: Callable[..., Wire], caught: bool) -> None:
+    host = start()
+    stopped = host.call(
+        """
+        def f(ctx, caught):
+            ctx.progress(1)
+            try:
+                while True:
+                    pass
+            except BaseException:
+                if not caught:
+                    raise
+        """,
+        caught,
+    )
+    progressed(host, stopped)
+    host.cancel(stopped)
+    assert host.reply(stopped).code == CANCELLED
+    host.until_idle()
+    # CPython 3.11 hangs here while it believes that an exception is yet to be raised in some thread.
+    traced = """
+        def f():
+            import sys
+            def line():
+                return 1
+            sys.settrace(lambda *_: None)
+            try:
+                return line()
+            finally:
+                sys.settrace(None)
+    """
+    assert host.run(traced).value == 1
+    asked = run_cell(host, "1")
+    assert host.expect(lambda m: m.kind == "execute_reply" and m.parent == asked).content["status"] == "ok"
+
+
 def test_sigint_to_the_process_leaves_commands_and_kernel_alone(kernel: Kernel, host: Wire) -> None:
     command = host.call(GATED)
     asked = host.callback("gate")
@@ -746,7 +789,272 @@ def test_a_command_sees_what_is_left_of_its_budget(host: Wire) -> None:
     assert host.run("def f(ctx): return ctx.deadline").value is None
 
 
+# -- the place of a callback ---------------------------------------------------
+
+
+def places(host: Wire, command: int | str | None) -> list[tuple[str, int | None]]:
+    """The callbacks of a command in the order in which they came: method and `seq`."""
+    requests = [m for m in host.received if isinstance(m.message, Request) and m.params["command"] == command]
+    return [(m.method, m.params["seq"]) for m in requests]
+
+
+@pytest.fixture
+def answering(host: Wire) -> Wire:
+    """A host that answers whatever it is asked, but for a tool named `no`."""
+
+    def tool(params: dict[str, Any]) -> dict[str, Any]:
+        if params["name"] == "no":
+            raise NotFound("no such tool")
+        return {"value": params["name"]}
+
+    host.answers |= {
+        "session.get": lambda params: {"value": params["name"], "version": 1},
+        "session.get_many": lambda params: {"values": {}},
+        "session.set": lambda params: {"version": 1},
+        "session.delete": lambda params: {},
+        "session.list": lambda params: {"variables": []},
+        "tool.list": lambda params: {"tools": []},
+        "tool.call": tool,
+    }
+    return host
+
+
+EVERY_CALLBACK = """
+    def f(ctx, given):
+        ctx.get_variable("a")
+        ctx.get_variables("a", "b")
+        ctx.set_variable("a", 1)
+        ctx.delete_variable("a")
+        ctx.variables()
+        ctx.progress(1)
+        try:
+            ctx.call_tool("no")
+        except KeyError:
+            pass
+        ctx.tools()
+        return given
+"""
+IN_ORDER = [
+    "session.get",  # of the argument
+    "session.get",
+    "session.get_many",
+    "session.set",
+    "session.delete",
+    "session.list",
+    "tool.call",
+    "tool.list",
+]
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_the_callbacks_of_a_commands_own_flow_are_numbered_in_order_and_a_second_attempt_numbers_them_so_again(
+    answering: Wire, kind: str
+) -> None:
+    host = answering
+    text = textwrap.dedent(EVERY_CALLBACK).replace("def f", f"{kind} f")
+    if kind == "async def":
+        for name in ("get_variable", "set_variable", "delete_variable", "variables", "call_tool", "tools"):
+            text = text.replace(f"    ctx.{name}", f"    await ctx.{name}")
+    for attempt in (1, 2):
+        command = host.call(text, {"$bridge": "variable", "name": "given"}, attempt=attempt)
+        assert host.reply(command).value == "given"
+        assert places(host, command) == [(method, i) for i, method in enumerate(IN_ORDER, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "seqs"),
+    [
+        (
+            """
+            def f(ctx):
+                import threading
+                ctx.call_tool("a")
+                for _ in range(2):
+                    thread = threading.Thread(target=ctx.call_tool, args=("b",))
+                    thread.start()
+                    thread.join()
+                ctx.call_tool("c")
+            """,
+            [("a", 1), ("b", None), ("b", None), ("c", 2)],
+        ),
+        (
+            """
+            def f(ctx):
+                import asyncio
+                async def within():
+                    ctx.call_tool("b")
+                ctx.call_tool("a")
+                asyncio.run(within())
+                ctx.call_tool("c")
+            """,
+            [("a", 1), ("b", None), ("c", 2)],
+        ),
+        (
+            """
+            async def f(ctx):
+                import asyncio
+                await ctx.call_tool("a")
+                await asyncio.gather(ctx.call_tool("b"), ctx.call_tool("b"))
+                await asyncio.create_task(ctx.call_tool("b"))
+                await ctx.call_tool("c")
+            """,
+            [("a", 1), ("b", None), ("b", None), ("b", None), ("c", 2)],
+        ),
+    ],
+    ids=["threads", "a loop of its own", "tasks"],
+)
+def test_the_callbacks_of_other_threads_and_tasks_have_no_place_and_take_none(
+    answering: Wire, text: str, seqs: list[tuple[str, int | None]]
+) -> None:
+    host = answering
+    command = host.call(text)
+    assert host.reply(command).error is None
+    calls = [m.params for m in host.received if m.method == "tool.call" and m.params["command"] == command]
+    assert [(params["name"], params["seq"]) for params in calls] == seqs
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_the_callbacks_of_a_generator_are_numbered_across_its_chunks(answering: Wire, kind: str) -> None:
+    host = answering
+    wait = "await " if kind == "async def" else ""
+    command = host.stream(
+        f"""
+        {kind} f(ctx):
+            for i in range(3):
+                {wait}ctx.call_tool("a")
+                yield i
+                {wait}ctx.get_variable("b")
+        """,
+        credit=1,
+    )
+    for i in range(3):
+        assert host.chunk(command) == i
+        host.notify("command.credit", {"command": command, "credit": 1}, channel="shell")
+    assert host.reply(command).error is None
+    assert places(host, command) == list(zip(["tool.call", "session.get"] * 3, range(1, 7), strict=True))
+
+
+def test_a_callback_that_was_never_sent_takes_no_place(start: Callable[..., Wire]) -> None:
+    host = start("--Policy.max_message_bytes=70000")
+    host.answers["session.set"] = lambda params: {"version": 1}
+    command = host.call(
+        """
+        def f(ctx):
+            from bridge_kernel import BridgeError
+            refused = []
+            for value in (1, object(), "x" * 70_000, 2):
+                try:
+                    ctx["a"] = value
+                except BridgeError as error:
+                    refused.append(type(error).__name__)
+            return refused
+        """
+    )
+    assert host.reply(command).value == ["NotSerializable", "LimitExceeded"]
+    assert places(host, command) == [("session.set", 1), ("session.set", 2)]
+
+
+def test_commands_that_run_at_once_each_number_their_own(answering: Wire) -> None:
+    commands = [answering.call("def f(ctx):\n for _ in range(20): ctx.call_tool('a')") for _ in range(4)]
+    for command in commands:
+        assert answering.reply(command).error is None
+        assert [seq for _, seq in places(answering, command)] == list(range(1, 21))
+
+
+def test_the_callbacks_of_a_cell_have_no_place(answering: Wire) -> None:
+    asked = run_cell(answering, "session['a'] = 1; session['a']")
+    assert answering.expect(lambda m: m.kind == "execute_reply" and m.parent == asked).content["status"] == "ok"
+    assert places(answering, None) == [("session.set", None), ("session.get", None)]
+
+
+# -- versions of variables -----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_write_may_ask_for_the_version_that_it_replaces(answering: Wire, kind: str) -> None:
+    host = answering
+
+    def write(params: dict[str, Any]) -> dict[str, Any]:
+        if params["if_version"] not in (None, 3):
+            raise Conflict("a is at version 3")
+        return {"version": 4}
+
+    host.answers["session.set"] = host.answers["session.delete"] = write
+    wait = "await " if kind == "async def" else ""
+    command = host.call(
+        f"""
+        {kind} f(ctx):
+            from bridge_kernel import Conflict
+            versions = [{wait}ctx.set_variable("a", 1), {wait}ctx.set_variable("a", 1, if_version=3)]
+            for write in (lambda: ctx.set_variable("a", 1, if_version=0), lambda: ctx.delete_variable("a", if_version=2)):
+                try:
+                    {wait}write()
+                except Conflict as conflict:
+                    versions.append(str(conflict))
+            {wait}ctx.delete_variable("a", if_version=3)
+            {wait}ctx.delete_variable("a")
+            return versions
+        """
+    )
+    assert host.reply(command).value == [4, 4, "a is at version 3", "a is at version 3"]
+    sent = [(m.method, m.params["if_version"]) for m in host.received if m.method.startswith("session.")]
+    assert sent == [
+        ("session.set", None),
+        ("session.set", 3),
+        ("session.set", 0),
+        ("session.delete", 2),
+        ("session.delete", 3),
+        ("session.delete", None),
+    ]
+
+
+# -- the heartbeat ---------------------------------------------------------------
+
+
+def test_a_ping_is_no_command(start: Callable[..., Wire]) -> None:
+    host = start("--Policy.max_commands=1")
+    pid = host.run("os.getpid").value
+    running = host.call(GATED)
+    gate = host.callback("gate")
+    ping = host.start("kernel.ping")
+    pong = host.reply(ping).result
+    assert pong["busy"] == 1
+    assert pong["rss"] == pytest.approx(psutil.Process(pid).memory_info().rss, rel=0.2)
+    host.answer(gate, {"value": None})
+    assert host.reply(running).error is None
+    host.events(running)
+    assert not [m for m in host.received if m.kind.endswith("display_data") and m.parent == host.msg_ids[ping]]
+    assert host.request("kernel.stats").result["commands"]["received"] == 3
+
+
+def test_a_ping_is_answered_by_a_kernel_that_drains_and_on_control(start: Callable[..., Wire]) -> None:
+    host = start()
+    assert host.request("kernel.drain").error is None
+    assert host.request("kernel.ping").error is None
+    assert host.request("kernel.ping", channel="control").error is None
+
+
+def test_a_ping_does_not_import_psutil(start: Callable[..., Wire]) -> None:
+    host = start()
+    assert host.request("kernel.ping").error is None
+    assert host.run("def f():\n import sys\n return 'psutil' in sys.modules").value is False
+
+
 # -- drain and shutdown ------------------------------------------------------
+
+
+def test_drain_waits_for_the_cell_that_runs_and_takes_no_other(start: Callable[..., Wire]) -> None:
+    host = start()
+    first = run_cell(host, "session.call_tool('gate')")
+    gate = host.callback("gate")
+    draining = host.start("kernel.drain")
+    second = run_cell(host, "1")
+    assert host.request("kernel.ping").error is None
+    assert not replies(host, draining)
+    host.answer(gate, {"value": None})
+    assert host.expect(lambda m: m.kind == "execute_reply" and m.parent == first).content["status"] == "ok"
+    assert host.expect(lambda m: m.kind == "execute_reply" and m.parent == second).content["ename"] == "Draining"
+    assert host.reply(draining).result == {"finished": 1}
 
 
 def test_drain_refuses_new_commands_finishes_the_running_ones_and_then_answers(start: Callable[..., Wire]) -> None:

@@ -116,7 +116,9 @@ def test_a_committed_notebook_is_small_and_shows_nothing_of_a_machine(path: Path
 def test_the_quickstart_shows_what_it_says() -> None:
     quickstart = executed(next(path for path in NOTEBOOKS if path.stem == "quickstart"))
     assert output_of(quickstart, 'session["rows"].append(3)') == "[1, 2]", "a copy was changed"
-    assert "rows: list, version 2" in output_of(quickstart, "session.variables()")
+    assert "rows         list   [1, 2, 3]  2" in output_of(quickstart, "assigning is what writes")
+    assert output_of(quickstart, ".undo()").endswith("<Version 4 of 'rows': [1, 2, 3], as version 2>]")
+    assert "InvalidValue: temperature: 20.0 is more than 2" in output_of(quickstart, "session.define")
     assert output_of(quickstart, "math.hypot") == "5.0"
     assert "'description': 'How many pieces.'" in output_of(quickstart, ".schema")
     assert output_of(quickstart, "def bill").splitlines() == [
@@ -130,11 +132,16 @@ def test_the_quickstart_shows_what_it_says() -> None:
     assert output_of(quickstart, "deadline=0.2") == "DeadlineExceeded\n"
     assert output_of(quickstart, "def primes") == "2 3 5 7 11 13 17 19 23 29 \n10 primes below 30\n"
     assert output_of(quickstart, 'letters.update("bbbbbb")') == "[('b', 8), ('a', 5)]"
-    assert "KernelDied" in output_of(quickstart, "SIGKILL")
+    assert output_of(quickstart, "SIGKILL") == "order 1 - ['pear']\n", "it ran again, its tool did not"
+    assert output_of(quickstart, "host.journal()") == "buy ended: ok - attempts: 2\n"
+    assert output_of(quickstart, "idempotency_key") == "True"
     assert "object:    [('b', 8), ('a', 5)]" in output_of(quickstart, '"function: "'), "what it was before the kill"
     assert output_of(quickstart, "eigvalsh") == "array([ 3.81966011, 26.18033989])"
     assert output_of(quickstart, "np.zeros") == "((480, 640, 3), dtype('uint8'), 16)"
-    assert "✗ doomed" in output_of(quickstart, "telemetry.lines()")
+    assert "✗ buy" in output_of(quickstart, "telemetry.lines()")
+    reopened = output_of(quickstart, "kernels=0")
+    assert "image, last_order, last_total, rows, temperature, vat; instances: collections.Counter letters" in reopened
+    assert "last_total: 0.96 - last_order: 1\ninterrupted: []" in reopened
     assert "most_common(self, n=None)" in output_of(quickstart, "session.inspect")
 
 
@@ -145,8 +152,8 @@ def test_the_dspy_notebook_shows_what_it_says() -> None:
     compared = [re.split(r"\s{2,}", line) for line in output_of(dspy, "'Predict':12").splitlines()[1:]]
     assert ["What is the capital of Japan?", "Japan", "Tokyo"] in compared, "thinking helps"
     assert "{'answer': 'Japan', 'valid': False}\n{'answer': 'Tokyo', 'valid': True}" in output_of(dspy, "for module in")
-    assert "KernelDied" in output_of(dspy, "SIGKILL")
-    assert output_of(dspy, '"last_answer:"') == "{'answer': 'Cold', 'valid': True}\nlast_answer: Cold\n"
+    assert output_of(dspy, "SIGKILL") == "{'answer': 'Cold', 'valid': True}\nlast_answer: Cold\n"
+    assert output_of(dspy, "host.journal()") == "answer ended: ok - attempts: 2\n"
     assert '"answer": "Rome"' in output_of(dspy, "json.dumps")
     labels = [line.split(":")[0] for line in output_of(dspy, 'dspy.Predict", "review').splitlines()]
     assert labels == ["positive", "negative"] * 2

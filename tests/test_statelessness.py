@@ -1,8 +1,10 @@
 """Kernels are stateless, as a property: which kernel runs a command, and what ran there before, never shows.
 
 Random sequences of commands run on one kernel, on a random kernel of two for each command, and on a fresh process
-for each command. Results, errors and the session's final state are the same. Module globals of what is
-*imported* are the process's, and no part of the promise: no code here changes one.
+for each command. Results, errors and the session's final state are the same. So they are whatever a kernel keeps
+of instances that it has rebuilt: the one kernel keeps all that it can, the two keep nothing, the fresh ones what a
+kernel keeps by default. Module globals of what is *imported* are the process's, and no part of the promise: no code
+here changes one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import decimal
 import math
 import os
 import random
-import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridge_host import BridgeError, Host, Instance, Session, Tool
+from bridge_host.pool import Recycle
 from conftest import KERNELSIDE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
+
+    from bridge_host.routing import Ask, Chosen
 
 Step = tuple[Any, ...]
 
@@ -276,11 +280,7 @@ class Run:
 
     def all(self, sequence: list[Step]) -> tuple[list[Any], Any]:
         try:
-            results = []
-            for step in sequence:
-                results.append(self.outcome(step))
-                self.after()
-            return results, self.final_state()
+            return [self.outcome(step) for step in sequence], self.final_state()
         finally:
             self.host.delete_session(self.session.id)
 
@@ -290,6 +290,8 @@ class Run:
         except (BridgeError, ValueError) as error:
             kind = error.type if isinstance(error, BridgeError) else ""
             return "error", type(error).__name__, kind, self.without_refs(str(error))
+        finally:
+            self.after()
 
     def run(self, step: Step) -> Any:
         session = self.session
@@ -344,7 +346,7 @@ class Run:
     def final_state(self) -> Any:
         session, state = self.session, self.session._state
         variables = {
-            info.name: (info.version, info.type, self.normal(session[info.name])) for info in session.variables()
+            info.name: (info.version, info.type, self.normal(session[info.name])) for info in session.variables.values()
         }
         instances = []
         for instance in self.instances:
@@ -368,24 +370,31 @@ def quiet() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one(quiet: dict[str, Any]) -> Iterator[Host]:
-    with Host(kernels=1, **quiet) as host:
+    with Host(kernels=1, arguments=["""--Policy.cache_names=["*"]"""], **quiet) as host:
         yield host
+        (stats,) = host.stats().values()
+        assert stats.cache["hits"] > 0, "it kept something, or nothing here was shown of what is kept"
+
+
+class Drawn:
+    """Routes each command by chance, the same way for the same seed."""
+
+    def __init__(self) -> None:
+        self.chance = random.Random()
+
+    def choose(self, ask: Ask, candidates: Sequence[Chosen]) -> Chosen:
+        return self.chance.choice(candidates)
 
 
 @pytest.fixture(scope="module")
-def two(quiet: dict[str, Any]) -> Iterator[Host]:
-    with Host(kernels=2, **quiet) as host:
+def drawn() -> Drawn:
+    return Drawn()
+
+
+@pytest.fixture(scope="module")
+def two(quiet: dict[str, Any], drawn: Drawn) -> Iterator[Host]:
+    with Host(kernels=2, arguments=["--Policy.max_cache_bytes=0"], routing=drawn, **quiet) as host:
         yield host
-
-
-def pinned(host: Host, choose: Callable[[list[Any]], Any]) -> None:
-    """Let `choose(ready kernels)` say where each command of this host runs; None waits for another kernel."""
-    pool = host._host.engine.pool
-
-    def chosen() -> Any:
-        return choose([kernel for kernel in pool.kernels if kernel.client is not None])
-
-    pool.choose = chosen  # type: ignore[method-assign]
 
 
 bounded = settings(
@@ -396,10 +405,9 @@ bounded = settings(
 @bounded
 @given(sequence=st.lists(steps(list(METHODS)), min_size=1, max_size=14), seed=st.integers(0, 2**16))
 def test_a_random_kernel_for_each_command_gives_what_one_kernel_gives(
-    one: Host, two: Host, sequence: list[Step], seed: int
+    one: Host, two: Host, drawn: Drawn, sequence: list[Step], seed: int
 ) -> None:
-    draw = random.Random(seed)
-    pinned(two, draw.choice)
+    drawn.chance.seed(seed)
     assert Run(two).all(sequence) == Run(one).all(sequence)
 
 
@@ -413,28 +421,33 @@ def test_a_kernel_with_a_past_gives_what_it_gave_without_one(one: Host, sequence
 class Fresh:
     """A host whose every command runs in a process that has run nothing before."""
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        self.used: set[int] = set()
-        pinned(host, self.choose)
+    KERNELS = 4  # no step sends more commands at once
 
-    def choose(self, ready: list[Any]) -> Any:
-        kernel = next((kernel for kernel in ready if kernel.completed == 0 and kernel.client.in_flight == 0), None)
-        if kernel is not None:
-            assert kernel.pid not in self.used
-            self.used.add(kernel.pid)
+    def __init__(self) -> None:
+        self.host: Host
+        self.used: set[str] = set()
+
+    def choose(self, ask: Ask, candidates: Sequence[Chosen]) -> Chosen:
+        kernel = next(kernel for kernel in candidates if kernel.id not in self.used)
+        self.used.add(kernel.id)
         return kernel
 
-    def kill_used(self) -> None:
-        for kernel in self.host._host.engine.pool.kernels:
-            if kernel.pid in self.used and kernel.client is not None:
-                os.kill(kernel.pid, signal.SIGKILL)
+    def renew(self) -> None:
+        """Wait until the used ones have gone and as many fresh ones are there."""
+
+        def renewed() -> bool:
+            kernels = self.host._host.engine.pool.kernels
+            return len(kernels) == self.KERNELS and all(k.routable and k.id not in self.used for k in kernels)
+
+        eventually(renewed, "fresh kernels", 60)
 
 
 @pytest.fixture(scope="module")
 def fresh(quiet: dict[str, Any]) -> Iterator[Fresh]:
-    with Host(kernels=4, **quiet) as host:
-        yield Fresh(host)
+    fresh = Fresh()
+    with Host(kernels=fresh.KERNELS, routing=fresh, recycle=Recycle(commands=1), **quiet) as host:
+        fresh.host = host
+        yield fresh
 
 
 @settings(bounded, max_examples=6)
@@ -442,7 +455,7 @@ def fresh(quiet: dict[str, Any]) -> Iterator[Fresh]:
 def test_a_fresh_process_for_each_command_gives_what_one_kernel_gives(
     one: Host, fresh: Fresh, sequence: list[Step]
 ) -> None:
-    assert Run(fresh.host, fresh.kill_used).all(sequence) == Run(one).all(sequence)
+    assert Run(fresh.host, fresh.renew).all(sequence) == Run(one).all(sequence)
 
 
 def test_a_chosen_sequence_with_every_kind_of_command_is_the_same_on_fresh_processes(one: Host, fresh: Fresh) -> None:
@@ -463,7 +476,7 @@ def test_a_chosen_sequence_with_every_kind_of_command_is_the_same_on_fresh_proce
         ("lend", 1),
         ("use_tool", "use_tool_async", "double_async", 3),
     ]
-    results, state = Run(fresh.host, fresh.kill_used).all(sequence)
+    results, state = Run(fresh.host, fresh.renew).all(sequence)
     assert (results, state) == Run(one).all(sequence)
     assert [kind for kind, *_ in results].count("error") == 2
     assert len(fresh.used) > len(sequence)

@@ -40,9 +40,9 @@ class CellOutput(Output):
             if self._ended:
                 super().flush()
 
-    def flush(self) -> None:
+    def flush(self, *, final: bool = False) -> None:
         with self.interrupts.held():
-            super().flush()
+            super().flush(final=final)
 
     def end(self) -> None:
         self._ended = True

@@ -1,4 +1,4 @@
-"""One command from its arrival to its answer: its budget, its callbacks, its end. Nothing of it outlives it."""
+"""One command from its arrival to its answer: its budget, its code, its end. Nothing of it outlives it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
+from .callbacks import Caller
 from .contract.errors import (
     BridgeError,
     Cancelled,
@@ -20,17 +21,14 @@ from .contract.errors import (
     ErrorObject,
     InternalError,
     LimitExceeded,
+    NotFound,
     error_object,
-    exception_from,
-    redacted,
-    without_secrets,
 )
-from .contract.frames import HEADROOM, UNDECODABLE
-from .contract.messages import Failure, Success
-from .contract.methods import CALLBACKS, FunctionStream
+from .contract.methods import FunctionStream
 from .contract.telemetry import Trace, display_id
 from .credit import Credit
 from .output import CURRENT, Output
+from .redaction import secrets_of
 from .stops import CommandStopped, calm, stop_thread
 from .telemetry import Recorder
 
@@ -50,9 +48,6 @@ OWN_FILES: Final = os.path.dirname(__file__) + os.sep
 
 SHORT_NS: Final = 20_000_000
 """Below this, publishing a command's telemetry at once would be a good part of what the next one takes."""
-SHORTEST_SECRET: Final = 8  # a shorter one would be found in innocent words
-
-_decoders: Final = {name: msgspec.json.Decoder(m.result) for name, m in CALLBACKS.items()}
 
 
 class Answer(NamedTuple):
@@ -62,31 +57,7 @@ class Answer(NamedTuple):
     buffers: Sequence[Buffer] = ()
 
 
-Reply = Success | Failure | CommandStopped
-
-
-class _Waiter:
-    """One thread's wait for one reply: a lock, the cheapest thing that a thread can sleep on."""
-
-    __slots__ = ("_lock", "_value")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-        self._value: tuple[Reply, Sequence[Buffer]] | None = None
-
-    def resolve(self, reply: Reply, buffers: Sequence[Buffer]) -> None:
-        if self._value is None:
-            self._value = (reply, buffers)
-            self._lock.release()
-
-    def wait(self) -> tuple[Reply, Sequence[Buffer]]:
-        self._lock.acquire()
-        assert self._value is not None
-        return self._value
-
-
-class RunningCommand:
+class RunningCommand(Caller):
     """A command that this kernel has taken and not yet forgotten."""
 
     def __init__(
@@ -102,20 +73,17 @@ class RunningCommand:
         buffers: Sequence[Buffer],
         bytes_in: int,
     ) -> None:
-        self.runtime = runtime
-        self.connection = connection
-        lm = getattr(params, "lm", None)
-        self.secrets = (lm.api_key,) if lm is not None and lm.api_key and len(lm.api_key) >= SHORTEST_SECRET else ()
-        self.counted = False  # set when it is taken to be run: a ping is no work
+        self.secrets = secrets_of(params)
+        """What of it must not be shown, in every form that it could be shown in."""
+        self.counted = False  # set when it is taken to be run: a drain is no work
         self.credit = Credit(params.credit if isinstance(params, FunctionStream) else 0)
         self.id = id
         self.method = method
         self.params = params
-        self.parent = parent
         self.buffers = buffers
         self.session = params.session
         self.deadline = None if params.deadline is None else time.monotonic() + params.deadline / 1000
-        self.output = Output(self._publish_output, runtime.policy.max_output_bytes)
+        self.output = Output(self._publish_output, runtime.policy.max_output_bytes, self.secrets)
         self.trace = Trace.child_of(params.traceparent)
         metadata: dict[str, Scalar] = {
             "command": method,
@@ -127,21 +95,13 @@ class RunningCommand:
             "span_id": self.trace.span_id,
             "parent_span_id": self.trace.parent_span_id,
         }
-        self.recorder = Recorder(
+        recorder = Recorder(
             id, subject, metadata, self._publish_display, display_id(connection.comm_id, id), self.secrets
         )
-        self.recorder.start()
+        super().__init__(runtime, connection, recorder, parent=parent, bytes_in=bytes_in)
+        recorder.start()
         self._received = time.perf_counter_ns()
         self._queue = 0
-        self._bytes_in = bytes_in
-        self._bytes_out = 0
-        self._lock = threading.Lock()
-        self._answered = False
-        self._stopped = False
-        self._thread: int | None = None
-        self._waiting = False
-        self._task: asyncio.Task[None] | None = None
-        self._pending: dict[int, Callable[[Reply, Sequence[Buffer]], None]] = {}
 
     # -- running -----------------------------------------------------------------
 
@@ -207,7 +167,7 @@ class RunningCommand:
 
     def _end(self) -> None:
         self.buffers = ()
-        self.output.flush()
+        self.output.flush(final=True)
         self.runtime.ended(self)
 
     # -- ending ------------------------------------------------------------------
@@ -237,23 +197,18 @@ class RunningCommand:
         )
 
     @property
-    def stopped(self) -> bool:
-        return self._stopped
-
-    @property
-    def answered(self) -> bool:
-        return self._answered
-
-    @property
-    def unanswered(self) -> list[int]:
-        """The callbacks that no reply has come to."""
-        with self._lock:
-            return list(self._pending)
-
-    @property
     def remaining_ms(self) -> float | None:
         """What is left of the budget, never below 0; None if there is none."""
         return None if self.deadline is None else max(0.0, (self.deadline - time.monotonic()) * 1000)
+
+    def secret(self, name: str) -> str:
+        """One of the secrets that the command was given. Raises `NotFound`, and what `require_running` does."""
+        self.require_running()
+        try:
+            return self.params.secrets[name]
+        except KeyError:
+            remedy = f"Name it where the command is sent: session.call(..., secrets=[{name!r}])."
+            raise NotFound(f"this command was given no secret {name!r}", remedy=remedy) from None
 
     def succeed(self, answer: Answer) -> None:
         try:
@@ -269,7 +224,7 @@ class RunningCommand:
         self._answer(content, answer.buffers, None)
 
     def fail(self, exc: BaseException, *, stopping: bool = False) -> None:
-        error = redacted(error_object(exc, hidden=OWN_FILES), self.secrets)
+        error = error_object(exc, hidden=OWN_FILES, secrets=self.secrets)
         self._answer(self.connection.failure(self.id, error), (), error, stopping=stopping)
 
     def _answer(
@@ -282,7 +237,7 @@ class RunningCommand:
         if self.counted:
             self.runtime.count("cancelled" if self._stopped else "succeeded" if error is None else "failed")
         self._bytes_out += len(content) + sum(map(len, buffers))
-        self.output.flush()
+        self.output.flush(final=not stopping)  # code that is being stopped may be in the middle of a word
         self.connection.publish(content, buffers, self.parent)
         self.connection.forget(self)
         with self._lock:
@@ -297,145 +252,9 @@ class RunningCommand:
         else:
             self.recorder.publish()
 
-    # -- calling back ------------------------------------------------------------
-
-    def call(self, method: str, params: msgspec.Struct, buffers: Sequence[Buffer] = (), *, about: str = "") -> Any:
-        """Call the host back from a thread and wait: the decoded result and its buffers.
-
-        Raises:
-            BridgeError: what the host answered, as its own type.
-            CommandStopped: the command was cancelled or ran out of time meanwhile.
-        """
-        with self.recorder.span(("bridge", "callback"), {"method": method, "about": about}):
-            waiter = _Waiter()
-            self._request(method, params, buffers, waiter.resolve)
-            return self._result(method, *self._wait(waiter))
-
-    async def acall(
-        self, method: str, params: msgspec.Struct, buffers: Sequence[Buffer] = (), *, about: str = ""
-    ) -> Any:
-        """As `call`, from the event loop. Cancelling it leaves the host to finish the callback, unheard."""
-        with self.recorder.span(("bridge", "callback"), {"method": method, "about": about}):
-            loop = asyncio.get_running_loop()
-            future: asyncio.Future[tuple[Reply, Sequence[Buffer]]] = loop.create_future()
-
-            def settle(value: tuple[Reply, Sequence[Buffer]]) -> None:
-                if not future.done():
-                    future.set_result(value)
-
-            def resolve(*reply: Any) -> None:
-                loop.call_soon_threadsafe(settle, reply)
-
-            self._request(method, params, buffers, resolve)
-            return self._result(method, *await future)
-
-    def notify(self, method: str, params: msgspec.Struct, buffers: Sequence[Buffer] = ()) -> None:
-        """Tell the host something that it does not answer."""
-        content = self.connection.notification(method, params)
-        self._check_size(method, content, buffers)
-        self._bytes_out += len(content)
-        self.connection.publish(content, buffers, self.parent)
-
-    def _check_size(self, what: str, content: bytes, buffers: Sequence[Buffer]) -> None:
-        """A larger message would make the transport hang up: refuse it where somebody can do something about it."""
-        limit = self.runtime.policy.max_message_bytes
-        if (size := len(content) + sum(map(len, buffers))) > limit - HEADROOM:
-            raise LimitExceeded(f"{what} takes {size} bytes, and a message at most {limit}")
-
-    def _request(
-        self,
-        method: str,
-        params: msgspec.Struct,
-        buffers: Sequence[Buffer],
-        resolve: Callable[[Reply, Sequence[Buffer]], None],
-    ) -> None:
-        id = self.runtime.next_id()
-        content = self.connection.request(id, method, params)
-        self._check_size(method, content, buffers)
-        with self._lock:
-            if self._stopped:
-                raise CommandStopped
-            if self._answered:
-                raise Cancelled("this command has ended, and its SessionContext with it")
-            self._pending[id] = resolve
-        self.connection.expect(id, self)
-        self.recorder.callbacks += 1
-        self._bytes_out += len(content)
-        self.connection.publish(content, buffers, self.parent)
-
-    def reply(self, id: int, reply: Success | Failure, buffers: Sequence[Buffer], size: int) -> None:
-        """The host's reply to callback `id`: called by the lane, resolves whoever waits, never blocks."""
-        with self._lock:
-            resolve = self._pending.pop(id, None)
-        self._bytes_in += size
-        if resolve is not None:
-            resolve(reply, buffers)
-
-    def _wait(self, waiter: _Waiter) -> tuple[Reply, Sequence[Buffer]]:
-        own = threading.get_ident() == self._thread
-        self._waiting = own or self._waiting
-        try:
-            return waiter.wait()
-        finally:
-            if own:
-                # `stop` leaves a thread that waits alone: one whose reply had come already must see it here.
-                with self._lock:
-                    self._waiting = False
-                    stopped = self._stopped
-                if stopped:
-                    raise CommandStopped
-
-    def _result(self, method: str, reply: Reply, buffers: Sequence[Buffer]) -> tuple[Any, Sequence[Buffer]]:
-        if isinstance(reply, CommandStopped):
-            raise reply
-        if isinstance(reply, Failure):
-            raise exception_from(reply.error)
-        try:
-            return _decoders[method].decode(reply.result), buffers
-        except UNDECODABLE as exc:
-            raise InternalError(f"the host's reply to {method} does not fit the contract: {exc}") from exc
-
-    # -- waiting for credit ------------------------------------------------------
-
-    def wait_for(self, register: Callable[[Callable[[], None]], bool]) -> None:
-        """Sleep until `register`'s callback is called; return at once if `register` returns False.
-
-        Raises:
-            CommandStopped: the command was stopped meanwhile.
-        """
-        waiter = _Waiter()
-        id = self._park(waiter.resolve)
-        try:
-            if register(lambda: waiter.resolve(CommandStopped(), ())):
-                self._wait(waiter)
-        finally:
-            self._pending.pop(id, None)
-        if self._stopped:
-            raise CommandStopped
-
-    async def await_for(self, register: Callable[[Callable[[], None]], bool]) -> None:
-        """As `wait_for`, from the event loop."""
-        loop = asyncio.get_running_loop()
-        given = asyncio.Event()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(given.set)
-
-        if register(wake):
-            await given.wait()
-
-    def _park(self, resolve: Callable[[Reply, Sequence[Buffer]], None]) -> int:
-        id = self.runtime.next_id()
-        with self._lock:
-            if self._stopped:
-                raise CommandStopped
-            self._pending[id] = resolve
-        return id
-
     # -- publishing --------------------------------------------------------------
 
     def _publish_output(self, name: str, text: str) -> None:
-        text = without_secrets(text, self.secrets)
         content = msgspec.json.encode({"name": name, "text": text.encode("utf-8", "replace").decode()})
         self._bytes_out += len(content)
         self.connection.publish_as("stream", content, self.parent)

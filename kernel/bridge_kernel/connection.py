@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     import msgspec
 
+    from .callbacks import Caller
     from .command import RunningCommand
     from .contract.errors import ErrorObject
     from .contract.frames import Buffer
@@ -32,7 +33,7 @@ class Connection:
         self.topic = f"comm-{comm_id}".encode()
         self.session = ""
         self.commands: dict[int | str, RunningCommand] = {}
-        self._callbacks: dict[int, RunningCommand] = {}
+        self._callbacks: dict[int, Caller] = {}
         self._cancelled: OrderedDict[int | str, None] = OrderedDict()
         self._last_id = 0
         self._iopub = iopub
@@ -75,10 +76,10 @@ class Connection:
             self._last_id = max(self._last_id, id)
         return self._cancelled.pop(id, id) is None
 
-    def expect(self, id: int, command: RunningCommand) -> None:
+    def expect(self, id: int, command: Caller) -> None:
         self._callbacks[id] = command
 
-    def waiting(self, id: Any) -> RunningCommand | None:
+    def waiting(self, id: Any) -> Caller | None:
         """The command whose callback has this id, once; None if no reply to it is waited for."""
         return self._callbacks.pop(id, None) if isinstance(id, int) else None
 

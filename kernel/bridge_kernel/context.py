@@ -55,6 +55,14 @@ class _Context:
         """True once the command was cancelled or ran out of time: long loops in C code ask for it."""
         return self._command.stopped
 
+    def secret(self, name: str) -> str:
+        """A secret of the session that the command was sent with: `session.call(..., secrets=["NAME"])`.
+
+        It came with the command, so there is nothing to wait for. Whatever the command prints, raises or tells
+        of itself shows `***` in its place. Raises `NotFound` if the command was not given it.
+        """
+        return self._command.secret(name)
+
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Tell the host how far the command is; seen in its live line of telemetry."""
         self._command.recorder.progress(done, total, message)
@@ -116,15 +124,32 @@ class SessionContext(_Context):
         reader = ValueReader(self._command, buffers)
         return {name: reader.read(value, name) for name, value in got.values.items()}
 
-    def set_variable(self, name: str, value: Any) -> int:
-        """Write a variable; returns its new version. Raises `NotSerializable` if the value cannot cross."""
+    def set_variable(self, name: str, value: Any, *, if_version: int | None = None) -> int:
+        """Write a variable: seen by this command at once, by others only when the command has succeeded.
+
+        `if_version`: only if the variable is still at that version; 0 if there must be none. Returns the
+        version that it becomes if nobody else writes it first.
+
+        Raises:
+            NotSerializable: the value cannot cross.
+            InvalidValue: it does not fit the type that the variable was defined with.
+            QuotaExceeded: the session has no room for it.
+            Conflict: the variable is not at `if_version`.
+        """
         writer = ValueWriter()
-        params = SessionSet(command=self._command.id, name=name, value=writer.write(value, name))
+        params = SessionSet(command=self._command.id, name=name, value=writer.write(value, name), if_version=if_version)
         got, _ = self._command.call("session.set", params, writer.buffers, about=name)
         return int(got.version)
 
-    def delete_variable(self, name: str) -> None:
-        self._command.call("session.delete", SessionDelete(command=self._command.id, name=name), about=name)
+    def delete_variable(self, name: str, *, if_version: int | None = None) -> None:
+        """Delete a variable: gone for this command at once, for others only when the command has succeeded.
+
+        Raises:
+            NotFound: there is no such variable.
+            Conflict: it is not at `if_version`.
+        """
+        params = SessionDelete(command=self._command.id, name=name, if_version=if_version)
+        self._command.call("session.delete", params, about=name)
 
     def variables(self) -> list[VariableInfo]:
         """Name, version, type and size (bytes) of every variable, by name."""
@@ -182,14 +207,15 @@ class AsyncSessionContext(_Context):
         reader = ValueReader(self._command, buffers, asynchronous=True, may_wait=False)
         return {name: reader.read(value, name) for name, value in got.values.items()}
 
-    async def set_variable(self, name: str, value: Any) -> int:
+    async def set_variable(self, name: str, value: Any, *, if_version: int | None = None) -> int:
         writer = ValueWriter()
-        params = SessionSet(command=self._command.id, name=name, value=writer.write(value, name))
+        params = SessionSet(command=self._command.id, name=name, value=writer.write(value, name), if_version=if_version)
         got, _ = await self._command.acall("session.set", params, writer.buffers, about=name)
         return int(got.version)
 
-    async def delete_variable(self, name: str) -> None:
-        await self._command.acall("session.delete", SessionDelete(command=self._command.id, name=name), about=name)
+    async def delete_variable(self, name: str, *, if_version: int | None = None) -> None:
+        params = SessionDelete(command=self._command.id, name=name, if_version=if_version)
+        await self._command.acall("session.delete", params, about=name)
 
     async def variables(self) -> list[VariableInfo]:
         got, _ = await self._command.acall("session.list", SessionList(command=self._command.id))

@@ -29,7 +29,7 @@ from zmq.eventloop.zmqstream import ZMQStream
 from ._version import __version__
 from .cell import Cell, CellOutput, CellSession, Unattached, UnattachedCell
 from .command import OWN_FILES
-from .contract.errors import BridgeError, Cancelled, PolicyDenied
+from .contract.errors import BridgeError, Cancelled, Draining, PolicyDenied, without_secrets
 from .info import BANNER
 from .interrupts import Interrupts
 from .output import CURRENT
@@ -62,6 +62,12 @@ class _IopubFace:
 
 class _DisplayPublisher(ZMQDisplayPublisher):
     """Displays belong to the cell or command whose code makes them, in its threads and after its end too."""
+
+    def publish(self, data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        secrets = getattr(CURRENT.get(), "secrets", ())
+        shown = {kind: without_secrets(it, secrets) if isinstance(it, str) else it for kind, it in data.items()}
+        publisher: Any = super()
+        publisher.publish(shown, *args, **kwargs)
 
     @property
     def parent_header(self) -> Any:
@@ -177,6 +183,12 @@ class BridgeKernel(IPythonKernel):
     async def do_execute(self, code: str, silent: bool, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not self.runtime.policy.allow_execute:
             return self._refused()
+        if self.runtime.draining:
+            return self._failed(Draining())
+        with self.runtime.running_cell():
+            return await self._run_cell(code, silent, *args, **kwargs)
+
+    async def _run_cell(self, code: str, silent: bool, *args: Any, **kwargs: Any) -> dict[str, Any]:
         cell = self._open_cell()
         token = CURRENT.set(cell)
         self.lane.cell_output = cell.output

@@ -7,50 +7,27 @@ are all served while commands run. What is not Bridge's goes on to the cells (`k
 from __future__ import annotations
 
 import contextlib
-import heapq
-import itertools
 import logging
 import math
 import time
-import weakref
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 import zmq
 
-from .command import Answer, RunningCommand
-from .commands import HANDLERS, subject
 from .connection import Connection
-from .contract.errors import (
-    BridgeError,
-    Cancelled,
-    Draining,
-    InvalidParams,
-    InvalidRequest,
-    MethodNotFound,
-    Overloaded,
-    ProtocolMismatch,
-    error_object,
-)
+from .contract.errors import BridgeError, Cancelled, InvalidRequest, Overloaded, ProtocolMismatch, error_object
 from .contract.frames import UNDECODABLE, MalformedFrames, comm_close, comm_content, receive, send
-from .contract.messages import (
-    COMM_TARGET,
-    PROTOCOL_VERSION,
-    Failure,
-    Notification,
-    Request,
-    Success,
-    decode_message,
-)
-from .contract.methods import COMMANDS, NOTIFICATIONS, Attach, Cancel, Drained, GiveCredit, Pong
+from .contract.messages import COMM_TARGET, PROTOCOL_VERSION, Request, decode_message
+from .contract.methods import COMMANDS
+from .dispatch import Dispatcher, params_of
 from .info import kernel_info
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .contract.frames import Envelope
-    from .contract.methods import Command, Method
+    from .contract.methods import Attach
     from .lifetime import Parent
     from .output import Output
     from .runtime import Runtime
@@ -65,9 +42,6 @@ BURST: Final = 64  # messages read, or displays published, before anything else 
 MAX_UNPUBLISHED: Final = 32
 COMMS: Final = ("comm_open", "comm_msg", "comm_close")
 
-_decoders: Final = {
-    m.name: msgspec.json.Decoder(m.params) for m in (*COMMANDS.values(), *NOTIFICATIONS.values()) if m.side == "host"
-}
 _encode = msgspec.json.Encoder().encode
 
 
@@ -110,11 +84,9 @@ class Lane:
         self._interrupt_cells = interrupt_cells
         self._on_shutdown = on_shutdown
         self._on_parent_death = on_parent_death
+        self._dispatcher = Dispatcher(runtime)
         self._connections: dict[str, Connection] = {}
-        self._deadlines: list[tuple[float, int, weakref.ref[RunningCommand]]] = []
-        self._order = itertools.count()
         self._cells_started = False
-        self._lively_until = 0.0
         self._stopping = False
         self.cell_output: Output | None = None
         """Where the cell that runs prints: set by the cells, shown at each tick."""
@@ -150,9 +122,9 @@ class Lane:
         next_tick = 0.0
         while not self._stopping:
             now = time.monotonic()
-            due = self._deadlines[0][0] - now if self._deadlines else TICK_S
-            pause = QUIET_S if now < self._lively_until or self._runtime.unpublished else TICK_S
-            events = dict(poller.poll(math.ceil(max(0.0, min(due, pause)) * 1000)))
+            lively = now < self._dispatcher.last_command + LIVELY_S or self._runtime.unpublished
+            pause = min(self._dispatcher.until_deadline(now), QUIET_S if lively else TICK_S)
+            events = dict(poller.poll(math.ceil(pause * 1000)))
             for socket, handle in incoming:
                 if socket in events:
                     self._drain(socket, handle)
@@ -167,7 +139,7 @@ class Lane:
                 self._on_parent_death()
                 return
             now = time.monotonic()
-            self._expire(now)
+            self._dispatcher.expire(now)
             if not events or len(self._runtime.unpublished) > MAX_UNPUBLISHED:
                 self._publish_telemetry()
             if now >= next_tick:
@@ -209,30 +181,11 @@ class Lane:
                     raise MalformedFrames("one of our own messages came back")
                 handle(envelope)
             except MalformedFrames as exc:
-                self._drop("malformed", str(exc))
+                self._runtime.drop("malformed", str(exc))
             except Exception:
                 # A mistake of ours: it costs this message, not the thread that everything depends on.
                 self._runtime.dropped["failed"] += 1
                 log.exception("a message could not be served")
-
-    def _drop(self, reason: str, what: str) -> None:
-        self._runtime.dropped[reason] += 1
-        log.debug("dropped a message (%s): %s", reason, what)
-
-    def _watch_deadline(self, deadline: float, command: RunningCommand) -> None:
-        if len(self._deadlines) > 64 + 2 * self._runtime.busy:
-            # Commands that ended long before their deadline: let them go.
-            self._deadlines = [
-                entry for entry in self._deadlines if (other := entry[2]()) is not None and not other.answered
-            ]
-            heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (deadline, next(self._order), weakref.ref(command)))
-
-    def _expire(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            late = heapq.heappop(self._deadlines)[2]()
-            if late is not None:
-                late.expire()
 
     # -- Jupyter messages --------------------------------------------------------
 
@@ -248,7 +201,7 @@ class Lane:
         elif kind == "shutdown_request":
             self._shut_down(self._sockets.shell, envelope)
         elif kind == "comm_msg" and not self._cells_started:
-            self._drop("unknown", "a comm_msg of a comm that is not open")
+            self._runtime.drop("unknown", "a comm_msg of a comm that is not open")
         else:
             self._to_cells(self._cells_shell, envelope)
 
@@ -264,7 +217,7 @@ class Lane:
             self.interrupt()
             self._answer(self._sockets.control, envelope, "interrupt_reply", b'{"status":"ok"}')
         elif kind in COMMS:
-            self._drop("unknown", f"a {kind} on control for no comm of ours")
+            self._runtime.drop("unknown", f"a {kind} on control for no comm of ours")
         else:
             self._to_cells(self._cells_control, envelope)
 
@@ -342,14 +295,14 @@ class Lane:
         if kind == "comm_close":
             self._detach(connection, "the host closed its comm")
         elif kind == "comm_open":
-            self._drop("unknown", "a comm that is open already")
+            self._runtime.drop("unknown", "a comm that is open already")
         else:
-            self._on_message(connection, envelope, message.data)
+            self._dispatcher.take(connection, envelope, message.data)
         return True
 
     def _attach(self, envelope: Envelope, comm_id: str, target: str, data: msgspec.Raw) -> None:
         if not 1 <= len(comm_id) <= 128 or not comm_id.isascii() or not comm_id.isprintable():
-            self._drop("malformed", "comm_id")
+            self._runtime.drop("malformed", "comm_id")
             return
         connection = Connection(comm_id, self._sockets.iopub, self._sockets.publisher)
         id: int | str | None = None
@@ -358,8 +311,7 @@ class Lane:
             if not isinstance(request, Request) or request.method != "bridge.attach":
                 raise InvalidRequest("the data of comm_open must be a bridge.attach request")
             id = request.id
-            params = self._params(COMMANDS["bridge.attach"], request.params)
-            assert isinstance(params, Attach)
+            params: Attach = params_of(COMMANDS["bridge.attach"], request.params)
             if target != COMM_TARGET or params.protocol[0] != PROTOCOL_VERSION[0]:
                 ours, theirs = (".".join(map(str, version)) for version in (PROTOCOL_VERSION, params.protocol))
                 raise ProtocolMismatch(
@@ -391,96 +343,3 @@ class Lane:
         connection = self._connections.get(topic.removeprefix(b"comm-").decode(errors="replace"))
         if connection is not None and connection.topic == topic:
             self._detach(connection, "the host stopped listening")
-
-    # -- JSON-RPC ----------------------------------------------------------------
-
-    def _params(self, method: Method, raw: msgspec.Raw) -> Any:
-        try:
-            return _decoders[method.name].decode(raw)
-        except UNDECODABLE as exc:
-            raise InvalidParams(f"{method.name}: {exc}") from exc
-
-    def _on_message(self, connection: Connection, envelope: Envelope, data: msgspec.Raw) -> None:
-        size = len(envelope.content) + sum(map(len, envelope.buffers))
-        id: int | str | None = None
-        try:
-            message = decode_message(data)
-            if isinstance(message, Success | Failure):
-                command = connection.waiting(message.id)
-                if command is None:
-                    self._drop("late", f"a reply to callback {message.id}, for which nobody waits")
-                else:
-                    assert isinstance(message.id, int)
-                    command.reply(message.id, message, envelope.buffers, size)
-            elif isinstance(message, Notification):
-                self._on_notification(connection, message)
-            else:
-                id = message.id
-                self._on_request(connection, envelope, message, size)
-        except BridgeError as exc:
-            connection.publish(connection.failure(id, error_object(exc)), parent=envelope.raw_header)
-
-    def _on_notification(self, connection: Connection, message: Notification) -> None:
-        method = NOTIFICATIONS.get(message.method)
-        if method is None or method.side != "host":
-            self._drop("unknown", f"notification {message.method!r}")
-            return
-        try:
-            params = self._params(method, message.params)
-        except InvalidParams as exc:
-            self._drop("malformed", str(exc))  # a notification is never answered
-            return
-        command = connection.commands.get(params.command)
-        if command is None and isinstance(params, Cancel) and connection.cancelled_early(params.command):
-            return  # control is read before shell: the command may be on its way still
-        if command is None:
-            self._drop("late", f"{message.method} for a command that has ended")
-        elif isinstance(params, Cancel):
-            command.stop(Cancelled(f"{command.recorder.subject} was cancelled"))
-        elif isinstance(params, GiveCredit):
-            command.credit.give(params.credit)
-
-    def _on_request(self, connection: Connection, envelope: Envelope, request: Request, size: int) -> None:
-        method = COMMANDS.get(request.method)
-        if method is None or method.name == "bridge.attach":
-            raise MethodNotFound(f"there is no command {request.method!r}")
-        if request.id in connection.commands:
-            raise InvalidRequest(f"command {request.id!r} is running: an id names one command")
-        params: Command = self._params(method, request.params)
-        runtime = self._runtime
-        at_once = method.name in ("kernel.ping", "kernel.drain")
-        if runtime.draining and not at_once and method.name not in ("kernel.stats", "rpc.discover"):
-            raise Draining
-        if runtime.busy >= runtime.policy.max_commands and not at_once:
-            raise Overloaded(f"{runtime.busy} commands run in this kernel, as many as it takes")
-        if connection.was_cancelled(request.id):
-            raise Cancelled(f"{method.name} was cancelled before it began")
-        command = RunningCommand(
-            runtime,
-            connection,
-            request.id,
-            request.method,
-            params,
-            subject=subject(request.method, params),
-            parent=envelope.raw_header,
-            buffers=envelope.buffers,
-            bytes_in=size,
-        )
-        connection.commands[request.id] = command
-        if method.name == "kernel.ping":
-            command.succeed(Answer(Pong(runtime.identity.id, runtime.busy)))
-            return
-        if method.name == "kernel.drain":
-            runtime.draining = True
-            drained = Answer(Drained(runtime.busy))
-            runtime.when_idle(lambda: command.succeed(drained))
-            return
-        runtime.started(command)
-        self._lively_until = time.monotonic() + LIVELY_S
-        if command.deadline is not None:
-            self._watch_deadline(command.deadline, command)
-        try:
-            runtime.executor.submit(partial(command.run, HANDLERS[request.method]))
-        except RuntimeError as exc:  # the system gives no more threads
-            command.fail(Overloaded(f"no thread can be started: {exc}"))
-            runtime.ended(command)

@@ -10,6 +10,8 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from .redaction import starred
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -32,9 +34,11 @@ CURRENT: ContextVar[Any] = ContextVar("bridge_current_command", default=None)
 class Output:
     """What one command prints, collected into few messages, in the order in which it was written."""
 
-    def __init__(self, publish: Callable[[str, str], None], max_bytes: int) -> None:
-        """`publish(name, text)` sends one Jupyter `stream` message."""
+    def __init__(self, publish: Callable[[str, str], None], max_bytes: int, secrets: tuple[str, ...] = ()) -> None:
+        """`publish(name, text)` sends one Jupyter `stream` message; `secrets`, the longest first, are starred out."""
         self._publish = publish
+        self._secrets = secrets
+        self._waiting: dict[str, str] = {}  # by stream: an end that may be the beginning of a secret
         self._left = max_bytes
         self._parts: list[tuple[str, str]] = []
         self._size = 0
@@ -54,14 +58,26 @@ class Output:
             if self._size >= FLUSH_AT:
                 self.flush()
 
-    def flush(self) -> None:
+    def flush(self, *, final: bool = False) -> None:
+        """Send what there is, but for an end that could be the beginning of a secret, unless no more will come."""
         with self._lock:
             parts, self._parts, self._size = self._parts, [], 0
             while parts:
                 name = parts[0][0]
                 count = next((i for i, part in enumerate(parts) if part[0] != name), len(parts))
-                self._publish(name, "".join(text for _, text in parts[:count]))
+                self._show(name, "".join(text for _, text in parts[:count]), final=False)
                 del parts[:count]
+            if final:
+                for name in list(self._waiting):
+                    self._show(name, "", final=True)
+
+    def _show(self, name: str, text: str, *, final: bool) -> None:
+        if self._secrets:
+            text, waits = starred(self._waiting.pop(name, "") + text, self._secrets, final=final)
+            if waits:
+                self._waiting[name] = waits
+        if text:
+            self._publish(name, text)
 
 
 class CommandStream(io.TextIOBase):

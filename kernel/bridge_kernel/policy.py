@@ -35,6 +35,15 @@ class Policy(Configurable):
     max_sources = Int(256, min=1, help="Functions' sources kept compiled; the least recently used goes.").tag(
         config=True
     )
+    max_cache_bytes = Int(
+        64 << 20, min=0, help="What is kept of instances rebuilt before, so that they are rebuilt faster; 0: nothing."
+    ).tag(config=True)
+    cache_names: List[str] = List(
+        Unicode(),
+        default_value=["dspy.*"],
+        help="Patterns of the classes whose instances may be kept: those that are made from their arguments and "
+        "state alone, whatever the time, the files and the environment are.",
+    ).tag(config=True)
     max_output_bytes = Int(
         8 << 20, min=1024, help="What one command may print; the rest is dropped, and said to be."
     ).tag(config=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import platform
 import socket
@@ -11,22 +12,26 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .cache import InstanceCache
 from .contract.messages import PROTOCOL_VERSION
 from .contract.methods import COMMANDS, Attached, KernelIdentity, Limits
 from .executor import Executor
 from .sources import Sources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from .command import RunningCommand
     from .policy import Policy
     from .telemetry import Recorder
 
 __all__ = ("Runtime",)
+
+log = logging.getLogger(__name__)
 
 
 class Runtime:
@@ -36,9 +41,12 @@ class Runtime:
         self.policy = policy
         self.identity = KernelIdentity(uuid.uuid4().hex, os.getpid(), socket.gethostname(), time.time())
         self.sources = Sources(policy)
+        self.cache = InstanceCache(policy)
         self.executor = Executor()
         self.draining = False
         self.connections = 0
+        self.cells = 0
+        """Cells running now: one at most, in a kernel that serves them."""
         self.dropped: Counter[str] = Counter()
         self.unpublished: deque[Recorder] = deque()
         """Telemetry of commands that have been answered, which the lane has yet to show."""
@@ -67,7 +75,7 @@ class Runtime:
             callback()
 
     def when_idle(self, callback: Callable[[], None]) -> None:
-        """Call back once, as soon as no command runs: perhaps now, on this thread."""
+        """Call back once, as soon as neither command nor cell runs: perhaps now, on this thread."""
         with self._lock:
             self._when_idle.append(callback)
             callbacks = self._take_when_idle()
@@ -75,10 +83,29 @@ class Runtime:
             ready()
 
     def _take_when_idle(self) -> list[Callable[[], None]]:
-        if self._active:
+        if self._active or self.cells:
             return []
         callbacks, self._when_idle = self._when_idle, []
         return callbacks
+
+    @contextmanager
+    def running_cell(self) -> Iterator[None]:
+        """Within it a cell runs, which a drain waits for."""
+        with self._lock:
+            self.cells += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.cells -= 1
+                callbacks = self._take_when_idle()
+            for callback in callbacks:
+                callback()
+
+    def drop(self, reason: str, what: str) -> None:
+        """Count a message that nothing was done with; `what` is for whoever debugs."""
+        self.dropped[reason] += 1
+        log.debug("dropped a message (%s): %s", reason, what)
 
     def count(self, what: str) -> None:
         with self._lock:

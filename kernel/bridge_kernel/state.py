@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .command import RunningCommand
     from .contract.frames import Buffer
     from .contract.methods import InstanceRecord
+    from .contract.telemetry import Scalar
     from .policy import Policy
 
 __all__ = ("Snapshot", "construct", "dump", "rebuild")
@@ -76,38 +77,54 @@ def _plain(adapter: str, value: Any) -> Snapshot:
     return Snapshot(adapter, value, digest.digest())
 
 
-def construct(command: RunningCommand, record: InstanceRecord, buffers: Sequence[Buffer]) -> Any:
+def construct(record: InstanceRecord, reader: ValueReader, policy: Policy) -> Any:
     """Make the object from its recipe alone: import the class, read the arguments, call it.
 
     Raises:
         NotFound, PolicyDenied: the class cannot be reached.
         Whatever the class raises.
     """
-    cls = resolve(record.cls, command.runtime.policy)
+    cls = resolve(record.cls, policy)
     if not callable(cls):
         raise InvalidParams(f"{record.cls!r} is not a class: it is a {type(cls).__name__}")
-    reader = ValueReader(command, buffers)
     args = [reader.read(value, f"args[{i}]") for i, value in enumerate(record.args)]
     kwargs = {name: reader.read(value, name) for name, value in record.kwargs.items()}
     return cls(*args, **kwargs)
 
 
 def rebuild(command: RunningCommand, record: InstanceRecord, buffers: Sequence[Buffer]) -> Any:
-    """The object that a record stands for, with its state.
+    """The object that a record stands for, with its state: the caller's own, shared with nobody.
 
     Raises:
         InvalidParams: the state is not one of this adapter's, or a pickle was altered on its way.
         PolicyDenied: the state is a pickle and the policy allows none.
         What `construct` raises.
     """
+    cache = command.runtime.cache
+    metadata: dict[str, Scalar] = {"action": "rebuild", "class": record.cls}
+    with command.recorder.span(("bridge", "instance"), metadata) as said:
+        key = cache.key(record)
+        said["cache"] = "off"
+        if key is not None and (kept := cache.get(key)) is not None:
+            said["cache"] = "hit"
+            return kept
+        reader = ValueReader(command, buffers)
+        obj = _rebuild(record, reader, command.runtime.policy)
+        if key is not None and reader.plain:
+            said["cache"] = "miss"
+            cache.keep(key, record.cls, obj)
+        return obj
+
+
+def _rebuild(record: InstanceRecord, reader: ValueReader, policy: Policy) -> Any:
     state = record.state
     if state is None or state.adapter == "recipe":
-        return construct(command, record, buffers)
-    value = ValueReader(command, buffers).read(state.value, "state")
+        return construct(record, reader, policy)
+    value = reader.read(state.value, "state")
     if state.adapter == "pickle":
-        return _unpickle(value, state.sha256, record, command.runtime.policy)
+        return _unpickle(value, state.sha256, record, policy)
     if state.adapter == "bridge":
-        cls = resolve(record.cls, command.runtime.policy)
+        cls = resolve(record.cls, policy)
         restore = getattr(cls, "from_bridge_state", None)
         if not callable(restore):
             raise NotSerializable(
@@ -115,7 +132,7 @@ def rebuild(command: RunningCommand, record: InstanceRecord, buffers: Sequence[B
                 remedy="Define it as a classmethod that returns the object.",
             )
         return restore(value)
-    obj = construct(command, record, buffers)
+    obj = construct(record, reader, policy)
     if not _is_dspy_module(obj):
         raise InvalidParams(f"the state of {record.ref!r} is DSPy's, but {record.cls} is no dspy.Module")
     obj.load_state(value)

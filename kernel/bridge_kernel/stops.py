@@ -27,9 +27,27 @@ _owed: set[int] = set()  # threads to be stopped as soon as they leave their shi
 _sent: set[int] = set()  # threads in which the exception was raised, delivered or not: CPython does not say
 
 
-def _raise(thread: int, exception: type[BaseException] | None) -> None:
-    value = None if exception is None else ctypes.py_object(exception)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), value)
+class _Settled(BaseException):
+    """Takes the place of a `CommandStopped` that is taken back."""
+
+
+def _raise(thread: int, exception: type[BaseException]) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(exception))
+
+
+def _settle(thread: int) -> None:
+    """Take back what was raised in this thread and has not arrived, if it has not; the caller holds `_lock`.
+
+    Something is raised and caught in its place. Raising nothing, as CPython has it, would leave the interpreter
+    alert for an exception that never comes: all threads run slower from then on, and CPython 3.11 goes round in
+    circles as soon as one sets a trace function, as debugpy does when the first cell has it imported.
+    """
+    try:
+        _raise(thread, _Settled)
+        while True:
+            pass  # it arrives here at the latest
+    except _Settled:
+        pass
 
 
 def stop_thread(thread: int) -> None:
@@ -50,7 +68,7 @@ def calm() -> None:
             _owed.discard(thread)
             if thread in _sent:
                 _sent.discard(thread)
-                _raise(thread, None)
+                _settle(thread)
 
 
 @contextmanager
@@ -65,7 +83,7 @@ def shielded() -> Iterator[None]:
         _shields[thread] = _shields.get(thread, 0) + 1
         if thread in _sent:
             _sent.discard(thread)
-            _raise(thread, None)
+            _settle(thread)
             # If it had arrived already, the code is on its way out and must not be stopped twice.
             if not isinstance(sys.exc_info()[1], CommandStopped):
                 _owed.add(thread)

@@ -60,29 +60,34 @@ class Recorder:
     def emit(self, name: tuple[str, ...], measurements: dict[str, int | float], metadata: dict[str, Scalar]) -> None:
         """Record one event; the command's own metadata is added to it."""
         # Here, in the thread of whoever emits: what JSON cannot carry must not be found out by the lane.
-        said = {_text(key): self._clean(_scalar(value)) for key, value in metadata.items()}
+        said = {self._said(key): self._clean(_scalar(value)) for key, value in metadata.items()}
         numbers: dict[str, int | float] = {}
         for key, value in measurements.items():
             number = _number(value)
             if number is None:
-                said[_text(key)] = self._clean(_scalar(value))  # NaN, infinity, no number at all: said, not measured
+                said[self._said(key)] = self._clean(
+                    _scalar(value)
+                )  # NaN, infinity, no number at all: said, not measured
             else:
-                numbers[_text(key)] = number
+                numbers[self._said(key)] = number
         with self._lock:
             if len(self._events) >= MAX_EVENTS:
                 self._dropped += 1
             else:
-                self._events.append(Event(tuple(map(_text, name)), numbers, {**self._metadata, **said}))
+                self._events.append(Event(tuple(map(self._said, name)), numbers, {**self._metadata, **said}))
 
     def _clean(self, value: Scalar) -> Scalar:
         return without_secrets(value, self._secrets) if isinstance(value, str) else value
+
+    def _said(self, text: object) -> str:
+        return without_secrets(_text(text), self._secrets)
 
     def start(self) -> None:
         self.emit(("bridge", "execution", "start"), {"system_time": time.time_ns()}, {})
 
     def progress(self, done: float, total: float | None, message: str) -> None:
         share = f"{done:g}/{total:g}" if total is not None else f"{done:g}"
-        self._progress = str(self._clean(_text(f"{share} {message}".strip())))
+        self._progress = self._said(f"{share} {message}".strip())
         measurements: dict[str, int | float] = {"done": done}
         if total is not None:
             measurements["total"] = total

@@ -62,12 +62,15 @@ class ValueReader:
         self._asynchronous = asynchronous
         self._may_wait = may_wait
         self._decoder = Decoder(buffers, resolve=self._class, hook=self._arrive)
+        self.plain = True
+        """Whether what was read so far says all of its content itself, and only in Python's own types."""
 
     def read(self, tree: Any, root: str) -> Any:
         """The value of a JSON tree. Raises `MalformedValue`, and what a callback for it raises."""
         return self._decoder.decode(tree, root)
 
     def _class(self, name: str) -> type | None:
+        self.plain = False
         try:
             found = resolve(name, self._command.runtime.policy)
         except (BridgeError, ImportError):
@@ -75,6 +78,7 @@ class ValueReader:
         return found if isinstance(found, type) else None
 
     def _arrive(self, tag: Tag) -> Any:
+        self.plain = False
         if isinstance(tag, ToolRef):
             return tool_function(self._command, tag, asynchronous=self._asynchronous)
         if not self._may_wait:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import select
 import uuid
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
@@ -55,7 +56,7 @@ from bridge_kernel.contract.methods import Attach, Attached, HostIdentity
 from bridge_kernel.contract.telemetry import display_id
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from bridge_kernel.contract.errors import ErrorObject
     from bridge_kernel.contract.frames import Buffer, Envelope
@@ -117,9 +118,20 @@ class Listener(Protocol):
 class KernelClient:
     """One host's connection to one kernel. Belongs to one event loop."""
 
-    def __init__(self, info: ConnectionInfo, context: zmq.Context[zmq.Socket[bytes]], listener: Listener) -> None:
+    def __init__(
+        self,
+        info: ConnectionInfo,
+        context: zmq.Context[zmq.Socket[bytes]],
+        listener: Listener,
+        on_lost: Callable[[str], None] | None = None,
+    ) -> None:
+        """`on_lost` is called once, with the reason, if the kernel or its end of a connection goes away after
+        the handshake: messages may have been lost that nobody can name. It is to close this client.
+        """
         self._info = info
         self._listener = listener
+        self._on_lost = on_lost
+        self._watched = on_lost is not None
         self._loop = asyncio.get_running_loop()
         self._comm_id = uuid.uuid4().hex
         self._codec = FrameCodec(info.key.encode(), session=uuid.uuid4().hex, max_bytes=MAX_MESSAGE_BYTES)
@@ -128,6 +140,8 @@ class KernelClient:
         self._welcome: asyncio.Future[None] = self._loop.create_future()
         self._closed: BridgeError | None = None
         self.dropped = 0
+        self.heard = 0
+        """Messages that arrived, of whatever kind: it grows as long as the kernel says anything."""
         self.attached: Attached | None = None
         self.sources: set[str] = set()
         """Hashes of the functions' sources that this kernel was sent."""
@@ -136,6 +150,9 @@ class KernelClient:
         self._iopub = self._connect(context, zmq.SUB, info.iopub_port)
         self._fd = int(self._iopub.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._readable)
+        self._deaf = False
+        self._wires = select.poll()
+        self._monitors = [self._monitor(socket) for socket in (self._shell, self._control, self._iopub)]
 
     def _connect(self, context: zmq.Context[zmq.Socket[bytes]], kind: int, port: int) -> zmq.Socket[bytes]:
         socket = context.socket(kind)
@@ -152,6 +169,38 @@ class KernelClient:
             socket.subscribe(f"comm-{self._comm_id}".encode())
         socket.connect(self._info.url(port))
         return socket
+
+    def _monitor(self, socket: zmq.Socket[bytes]) -> tuple[zmq.Socket[bytes], int]:
+        # An address of our own: pyzmq's default is made from a descriptor, which may come again too soon.
+        monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED, f"inproc://monitor-{uuid.uuid4().hex}")
+        monitor.linger = 0
+        fd = int(monitor.getsockopt(zmq.FD))
+        self._loop.add_reader(fd, self._on_monitor, monitor)
+        self._wires.register(fd, select.POLLIN)
+        self._on_monitor(monitor)  # ZMQ tells a reader of news only once it has found that there are none
+        return monitor, fd
+
+    def _on_monitor(self, monitor: zmq.Socket[bytes]) -> None:
+        try:
+            while not monitor.closed:
+                monitor.recv_multipart(zmq.NOBLOCK)
+                self._lost("was cut")
+        except zmq.Again:
+            return
+
+    def _lost(self, reason: str) -> None:
+        # Before the handshake is over nothing can have been lost, and ZMQ connects again by itself.
+        on_lost = self._on_lost
+        if on_lost is not None and self.attached is not None and self._closed is None:
+            self._on_lost = None
+            # ZMQ may have connected again, and what comes now has a gap before it: nothing more is believed.
+            self._deaf = True
+            self._loop.remove_reader(self._fd)
+            on_lost(reason)
+
+    def _check_wires(self) -> None:
+        for monitor, _ in self._monitors:
+            self._on_monitor(monitor)
 
     def display_id(self, command: int | str) -> str:
         """The id of the display in which the kernel shows that command's telemetry."""
@@ -247,7 +296,7 @@ class KernelClient:
             content = comm_message(self._comm_id, encode_notification(method, params))
             self._send(self._control if control else self._shell, "comm_msg", next(self._ids), content)
 
-    def answer(self, id: int | str, result: msgspec.Struct, buffers: Sequence[Buffer] = ()) -> None:
+    def answer(self, id: int | str, result: msgspec.Struct | msgspec.Raw, buffers: Sequence[Buffer] = ()) -> None:
         """Answer a callback. Does nothing once closed: the kernel that asked is gone.
 
         Raises:
@@ -269,9 +318,9 @@ class KernelClient:
         if self._closed is None:
             self._send(self._control, "shutdown_request", next(self._ids), b'{"restart":false}')
 
-    def pump(self) -> None:
+    def pump(self, wait_ms: int = PUMP_MS) -> None:
         """Read what has arrived, waiting a moment if there is nothing: only from the loop's own thread."""
-        if self._closed is None and self._iopub.poll(PUMP_MS):
+        if self._closed is None and self._iopub.poll(wait_ms):
             self._readable()
 
     # -- receiving ---------------------------------------------------------------
@@ -279,12 +328,17 @@ class KernelClient:
     def _readable(self) -> None:
         # ZMQ's descriptor is edge-triggered: read until there is nothing, or come back by ourselves.
         for _ in range(BURST):
-            if self._closed is not None:
+            if self._closed is not None or self._deaf:
                 return
             try:
                 frames = receive(self._iopub)
             except zmq.Again:
                 return
+            if self._wires.poll(0):  # the loop may come to it only after this message
+                self._check_wires()
+                if self._deaf:
+                    return
+            self.heard += 1
             try:
                 self._on_frames(frames)
             except (MalformedFrames, BridgeError, *UNDECODABLE):
@@ -308,7 +362,10 @@ class KernelClient:
             if not self._welcome.done():
                 self._welcome.set_result(None)
         elif kind == "comm_close":
-            self.close(KernelDied("the kernel closed the connection"))
+            if self._watched and self.attached is not None:
+                self._lost("was closed by the kernel")
+            else:
+                self.close(KernelDied("the kernel closed the connection"))
 
     def _command_of(self, envelope: Envelope) -> int | None:
         """The id of the command whose message is this one's parent: our msg_ids end in it."""
@@ -352,7 +409,11 @@ class KernelClient:
                 future.exception()  # seen: a command that nobody awaits any more is no error of ours
         if not self._welcome.done():
             self._welcome.cancel()
-        for socket in (self._shell, self._control, self._iopub):
+        for socket, (monitor, fd) in zip((self._shell, self._control, self._iopub), self._monitors, strict=True):
+            self._loop.remove_reader(fd)
+            # In this order: ZMQ's own thread, telling a monitor whose other end is closed, would wait for ever.
+            socket.disable_monitor()
+            monitor.close()
             socket.close(linger=1000 if polite else 0)
 
     @staticmethod

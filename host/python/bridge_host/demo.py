@@ -1,27 +1,28 @@
-"""The demo: a real DSPy program on a real language model, its kernel killed in the middle, nothing lost."""
+"""The demo: a DSPy program on a real language model, its kernel killed in the middle, its host closed, nothing lost."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bridge_kernel.contract.errors import BridgeError, KernelDied
+from bridge_kernel.contract.errors import BridgeError
 
 from .local_lm import LocalLM
 from .sync import Host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from .sync import Instance, Session
 
@@ -59,9 +60,12 @@ def run(svg: Path | None = None) -> int:
     try:
         with ExitStack() as stack:
             model = _model(console, stack)
-            with _step(console, "Starting a kernel"):
-                host = stack.enter_context(Host(kernels=1))
-            _show(console, host, model)
+            store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bridge-demo-"))) / "bridge.db"
+            with ExitStack() as opened:
+                with _step(console, "Starting two kernels; the session is in bridge.db"):
+                    host = opened.enter_context(Host(kernels=2, store=store))
+                _show(console, host, model)
+            _open_again(console, store)
     except BridgeError as error:
         console.print(f"[red]{type(error).__name__}:[/] {error}\n{error.remote_traceback}\n{error.remedy}")
         return 1
@@ -98,17 +102,18 @@ def _show(console: Console, host: Host, model: dict[str, Any]) -> None:
     session["temperature"] = 0.0
     session.lm(**model)
 
-    validated: list[str] = []
+    asked: list[str] = []
     doomed = threading.Event()
 
-    @session.tool
+    # Idempotent: a model that is asked again may answer otherwise, and to judge that too does no harm.
+    @session.tool(idempotent=True)
     def validate_prediction(prediction: dict[str, Any], context: dict[str, Any]) -> bool:
-        """A short phrase that is not merely in the question. Runs here, in the host."""
+        """A short phrase that is not merely in the question. Runs in the host."""
         answer = str(prediction.get("answer", "")).strip(" .")
-        validated.append(answer)
+        asked.append(answer)
         if doomed.is_set():  # the command is in its middle: it waits for this very call
             doomed.clear()
-            os.kill(host.kernels()[0].pid, signal.SIGKILL)
+            os.kill(next(kernel.pid for kernel in host.kernels() if kernel.in_flight), signal.SIGKILL)
         return 0 < len(answer.split()) <= 3 and answer.lower() not in str(context.get("question", "")).lower()
 
     session.function("answer", ANSWER, lm=True)
@@ -117,15 +122,19 @@ def _show(console: Console, host: Host, model: dict[str, Any]) -> None:
         state = qa.dump_state()
         state["predict"]["demos"] = DEMOS
         qa.load_state(state)
+        session.rename(qa, "qa")
     console.print()
 
-    answers = Table(
-        "question", "answer", "validate_prediction", "kernel", "took", title="Answers", title_justify="left"
-    )
+    answers = Table("question", "answer", "valid", "tries", "kernel", "took", title="Answers", title_justify="left")
     for question in QUESTIONS:
         _ask(console, answers, host, session, qa, question)
-    _kill_in_the_middle(console, session, qa, doomed)
-    _ask(console, answers, host, session, qa, KILLED)
+    before = len(asked)
+    doomed.set()
+    _ask(console, answers, host, session, qa, KILLED, "The kernel is killed while it waits for the tool")
+    replayed = "the tool was asked [bold]once[/], the journal answered the second time"
+    if len(asked) > before + 1:
+        replayed = "the model said something else then, so the tool was asked about that too"
+    console.print(f"  [red]✗[/] SIGKILL. [green]↻[/] It ran again on another kernel: {replayed}.")
 
     for table in (answers, _state(session, qa), _telemetry(host)):
         console.print()
@@ -133,44 +142,49 @@ def _show(console: Console, host: Host, model: dict[str, Any]) -> None:
     console.print()
     told = len(host.telemetry.events())
     console.print(
-        f"[bold]{len(validated)}[/] calls of the host's tool from inside running commands, "
+        f"[bold]{len(asked)}[/] calls of the host's tool from inside running commands, "
         f"[bold]{len(host.telemetry.events('bridge', 'kernel', 'stop'))}[/] kernel killed, "
         f"[bold]{told}[/] telemetry events, nothing lost."
     )
 
 
-def _ask(console: Console, table: Table, host: Host, session: Session, qa: Instance, question: str) -> None:
+def _ask(
+    console: Console, table: Table, host: Host, session: Session, qa: Instance, question: str, note: str = ""
+) -> None:
     began = time.perf_counter()
-    with _step(console, question):
+    with _step(console, f"{question}  {note}".strip()):
         result = session.call("answer", qa, question)
-    (kernel,) = host.kernels()
+    took = time.perf_counter() - began
+    told = [event for event in host.telemetry.events("bridge", "execution") if event.metadata["subject"] == "answer"]
+    ran = told[-1].metadata
     table.add_row(
         question,
         f"[bold]{result['answer']}[/]",
         "[green]✓ valid[/]" if result["valid"] else "[red]✗ not valid[/]",
-        f"{kernel.id[:4]} (pid {kernel.pid})",
-        f"{time.perf_counter() - began:.1f} s",
+        str(ran["attempt"]),
+        str(ran["kernel"])[:4],
+        f"{took:.1f} s",
     )
 
 
-def _kill_in_the_middle(console: Console, session: Session, qa: Instance, doomed: threading.Event) -> None:
-    doomed.set()
-    with _step(console, f"{KILLED} Killing the kernel while it waits for validate_prediction"):
-        error = session.submit("answer", qa, KILLED).exception(timeout=120)
-    if not isinstance(error, KernelDied):
-        raise KernelDied(f"the kernel was killed, but the call ended with {error!r}")
-    console.print(f"  [red]✗[/] SIGKILL in the middle: [red]KernelDied[/]: {error}")
-    console.print("  [green]↻[/] The host still owns the session, and starts another kernel. Asking again:")
+def _open_again(console: Console, store: Path) -> None:
+    with Host(kernels=0, store=store) as host:
+        session = host.session("demo")
+        qa = session.instances["qa"]
+        console.print(
+            f"The host was closed and opened again on bridge.db ({store.stat().st_size // 1024} KiB): "
+            f"last_answer is [bold]{session['last_answer']!r}[/], qa has {len(qa.state['predict']['demos'])} demos."
+        )
 
 
 def _state(session: Session, qa: Instance) -> Table:
     table = Table("what", "kept by the host", "bytes", title="Where the state lives", title_justify="left")
-    for info in session.variables():
-        table.add_row(f"variable {info.name}", f"{session[info.name]!r}, version {info.version}", str(info.size))
+    for info in session.variables.values():
+        table.add_row(f"variable {info.name}", f"{info.value!r}, version {info.version}", str(info.size))
     known = session._state.instance(qa.ref)
     demos = len(qa.state["predict"]["demos"])
     table.add_row(
-        f"instance {qa.ref[:8]}",
+        f"instance {known.name}",
         f"{known.cls}: recipe, and state with {demos} demos, version {known.version}",
         str(known.size),
     )

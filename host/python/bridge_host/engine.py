@@ -1,52 +1,39 @@
-"""Runs commands on kernels, and answers what they call back while they run."""
+"""Runs commands: on a kernel, on another if that one dies, and commits what a command wrote with its result."""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import itertools
 import sys
 import time
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+import uuid
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-import anyio
-import anyio.to_thread
 import msgspec
 
 from bridge_kernel.contract.errors import (
     BridgeError,
-    Cancelled,
     DeadlineExceeded,
-    InternalError,
-    InvalidParams,
+    HostClosed,
     KernelDied,
     LimitExceeded,
-    MethodNotFound,
+    ReplayDiverged,
     SourceMissing,
-    ToolError,
-    error_object,
+    StoreFailed,
     type_of,
 )
-from bridge_kernel.contract.frames import UNDECODABLE
-from bridge_kernel.contract.methods import (
-    CALLBACKS,
-    Cancel,
-    Chunk,
-    GiveCredit,
-    InstanceRecord,
-    Nothing,
-    State,
-    ToolCall,
-    Tools,
-    ValueResult,
-    Variables,
-    VariableValue,
-    VariableValues,
-    Versioned,
-)
+from bridge_kernel.contract.methods import Cancel, Chunk
 from bridge_kernel.contract.telemetry import Event, Trace
 
-from .values import ValueReader, ValueWriter, store_tree
+from .callbacks import Callbacks
+from .commands import Attempt, Prepared, prepare
+from .journal import Journal
+from .quarantine import Quarantine
+from .recovery import Recovery, keep_reply
+from .routing import Ask
+from .running import CURRENT, Outcome, Running
+from .store.facts import CommandBegun, CommandEnded, CommandTried
+from .watch import Watchers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,21 +43,23 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.values import Tag
 
     from .client import KernelClient, Reply, StreamText
-    from .pool import Kernel, Pool
-    from .store import InstanceState, MemoryStore, SessionState
+    from .commands import Request as CommandRequest
+    from .dispatch import Lease
+    from .pool import Pool
+    from .store import SessionState, Store
     from .tasks import Tasks
     from .telemetry import Telemetry
-    from .tools import Tool
 
-__all__ = ("CURRENT", "Attempt", "Engine", "Output", "Running")
+__all__ = ("RETRIES", "Engine", "Output")
 
+RETRIES: Final = 2
+"""How often a command runs again, on another kernel, when its kernel dies."""
+SHARED_ATTEMPTS: Final = 2  # from the next on it runs alone: if that kernel dies too, it is proven who did it
 MAX_NESTING: Final = 64  # commands within tools within commands: more is a tool that calls itself
-MAX_TOOL_THREADS: Final = 1000
+MAX_BACKLOG: Final = 10_000  # batches on their way to the disk, before new commands wait for it
 TELEMETRY_S: Final = 0.02  # how long telemetry may wait to be read when nobody asks
 LATE_S: Final = 0.5  # how long after its deadline a kernel may still say so itself
-OWN_FILES: Final = os.path.dirname(__file__) + os.sep
 
-_decoders: Final = {m.name: msgspec.json.Decoder(m.params) for m in CALLBACKS.values()}
 _decode_chunk: Final = msgspec.json.Decoder(Chunk).decode
 
 
@@ -84,222 +73,248 @@ class Output(NamedTuple):
     kernel: str
 
 
-class Attempt(NamedTuple):
-    """One try at a command: what its parameters say of the try, not of the command."""
-
-    deadline: float | None  # ms left
-    attempt: int
-    traceparent: str
-    with_source: bool
-
-    def common(self, session: str) -> dict[str, Any]:
-        """What every command's parameters begin with."""
-        return {
-            "session": session,
-            "deadline": self.deadline,
-            "attempt": self.attempt,
-            "traceparent": self.traceparent,
-        }
-
-
-class Running:
-    """A command that a kernel runs for us now."""
-
-    def __init__(
-        self,
-        session: SessionState,
-        method: str,
-        subject: str,
-        deadline: float | None,
-        depth: int,
-        trace: Trace,
-        on_chunk: Callable[[Chunk, Sequence[Buffer]], None] | None,
-    ) -> None:
-        self.session = session
-        self.method = method
-        self.subject = subject
-        self.began = time.perf_counter_ns()
-        self.deadline = deadline  # time.monotonic
-        self.depth = depth
-        self.trace = trace
-        self.on_chunk = on_chunk
-        self.client: KernelClient | None = None
-        self.id = 0
-        self._tools: set[anyio.CancelScope] = set()
-        self._ended = False
-
-    def remaining_ms(self) -> float | None:
-        return None if self.deadline is None else max(0.0, (self.deadline - time.monotonic()) * 1000)
-
-    def add(self, scope: anyio.CancelScope) -> None:
-        self._tools.add(scope)
-        if self._ended:
-            scope.cancel()
-
-    def remove(self, scope: anyio.CancelScope) -> None:
-        self._tools.discard(scope)
-
-    def begin(self, client: KernelClient) -> None:
-        """An attempt begins; what an earlier one left behind was ended with it."""
-        self.client = client
-        self._tools = set()
-        self._ended = False
-
-    def end(self) -> None:
-        """Nobody waits for its tools any more: cancel them. A tool in a thread runs on, and its result is dropped."""
-        self._ended = True
-        for scope in self._tools:
-            scope.cancel()
-
-    def give_credit(self, credit: int) -> None:
-        if self.client is not None and not self._ended:
-            self.client.notify("command.credit", GiveCredit(self.id, credit))
-
-
-CURRENT: ContextVar[Running | None] = ContextVar("bridge_running_command", default=None)
-"""The command for which a tool runs here: what it sends itself is nested in that, and shares its budget."""
-
-
 class Engine:
     """Belongs to one event loop; `tasks` must outlive it."""
 
     def __init__(
         self,
-        sessions: MemoryStore,
+        store: Store,
         telemetry: Telemetry,
         tasks: Tasks,
         on_output: Callable[[Output], object] | None,
+        hook: Callable[[SessionState, Tag], object],
     ) -> None:
-        self.sessions = sessions
+        """`hook` says what a ref in a result becomes."""
+        self.store = store
         self.telemetry = telemetry
         self.tasks = tasks
+        self.hook = hook
+        self.quarantine = Quarantine()
+        self.recovery = Recovery(self)
+        self.watchers = Watchers(store)
         self.pool: Pool  # set by the host: the pool needs the engine to listen to its kernels
-        self.hook: Callable[[SessionState, Tag], object]  # set by the host: what a ref in a result becomes
+        self.closing = False
         self._on_output = on_output
+        self._callbacks = Callbacks(store, telemetry, tasks, hook)
         self._running: dict[tuple[KernelClient, int], Running] = {}
         self._cells: dict[KernelClient, SessionState] = {}
         self._telemetry_due = False
-        self._threads = anyio.CapacityLimiter(MAX_TOOL_THREADS)
+        self._prefix = uuid.uuid4().hex[:12]
+        self._numbers = itertools.count(1)
 
     # -- commands ----------------------------------------------------------------
 
     async def run(
         self,
         session: SessionState,
-        method: str,
-        subject: str,
-        build: Callable[[Attempt], tuple[msgspec.Struct, Sequence[Buffer]]],
+        request: CommandRequest,
         *,
         deadline: float | None = None,
-        retries: int = 0,
+        retries: int = RETRIES,
+        key: str | None = None,
         parent: Running | None = None,
-        source_hash: str | None = None,
         on_chunk: Callable[[Chunk, Sequence[Buffer]], None] | None = None,
         started: Callable[[Running], None] | None = None,
-    ) -> Reply:
+    ) -> Outcome:
         """Run one command: on another kernel if the first dies, at most `retries` times.
 
         `deadline` is in seconds; what is left of an enclosing command's bounds it. Cancelling it cancels the
-        command in the kernel.
+        command in the kernel. `key` makes it run once, however often it is asked for.
 
         Raises:
-            BridgeError: what the kernel answered, or what became of the kernel.
+            BridgeError: what the kernel answered, or what became of the kernel. Nothing it wrote is kept then.
         """
-        session.require()
-        if deadline is not None and not deadline > 0:
-            raise ValueError(f"a deadline is how many seconds there are, more than 0, not {deadline!r}")
+        session.touch()
+        _check(deadline, retries, key)
+        prepared = prepare(request, session, self.store.vault)
         parent = parent or CURRENT.get()
+        if key is not None:
+            return await self.recovery.once(session, prepared, key, deadline, retries, parent)
+        running = self.begin(session, prepared, deadline, parent, on_chunk=on_chunk)
+        if started is not None:
+            started(running)
+        return await self.finish(running, retries)
+
+    def begin(
+        self,
+        session: SessionState,
+        prepared: Prepared,
+        deadline: float | None,
+        parent: Running | None,
+        *,
+        on_chunk: Callable[[Chunk, Sequence[Buffer]], None] | None = None,
+        key: str | None = None,
+        begun: CommandBegun | None = None,
+        journal: Journal | None = None,
+    ) -> Running:
+        """Take a command, and journal that it was taken; `begun` and `journal` are those of one that goes on."""
         depth = parent.depth + 1 if parent is not None else 0
         if depth > MAX_NESTING:
             raise LimitExceeded(
                 f"commands are nested {depth} deep, at most {MAX_NESTING}",
                 remedy="A tool seems to call, through commands, itself.",
             )
+        if len(self.quarantine):
+            self.quarantine.check(prepared.digest())
         until = None if deadline is None else time.monotonic() + deadline
         if parent is not None and parent.deadline is not None:
             until = parent.deadline if until is None else min(until, parent.deadline)
         trace = Trace.child_of(parent.trace.traceparent if parent is not None else None)
-        running = Running(session, method, subject, until, depth, trace, on_chunk)
-        if started is not None:
-            started(running)
-        attempt, resend = 1, False
+        if begun is None:
+            begun = self._begun(session, prepared, key)
+            self.store.log.append([begun])
+        return Running(begun, session, prepared, journal or Journal(), until, depth, trace, on_chunk)
+
+    def _begun(self, session: SessionState, prepared: Prepared, key: str | None) -> CommandBegun:
+        log, vault = self.store.log, self.store.vault
+        content = digest = b""
+        if log.on_disk or key is not None:
+            digest = prepared.digest()
+        if log.on_disk or key is not None:
+            content = msgspec.json.encode(prepared.request)
+            content = vault.seal(content) if prepared.secret else content
+        id = f"{self._prefix}{next(self._numbers):x}"
+        method, subject = prepared.method, prepared.subject
+        return CommandBegun(id, session.id, method, subject, key, digest, content, prepared.secret, time.time())
+
+    async def finish(self, running: Running, retries: int) -> Outcome:
+        """Run what was begun, to its end."""
+        session = running.session
+        session.busy += 1
+        error: BaseException | None = None
+        try:
+            if self.store.log.backlog > MAX_BACKLOG:
+                await self.store.log.durable(self.store.log.append(()))
+            return Outcome(await self._attempts(running, retries), running.prepared, session)
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            session.busy -= 1
+            running.end()
+            if not session.deleted:
+                session.used = self.store.clock()
+            # A host that closes has not ended its commands: they are listed when it is opened again.
+            if error is not None and not self.closing and not isinstance(error, HostClosed | StoreFailed):
+                self._failed(running, error)
+
+    def _failed(self, running: Running, error: BaseException) -> None:
+        if running.session.deleted or running.committed:
+            return
+        name = "bridge.Cancelled" if isinstance(error, asyncio.CancelledError) else type_of(error)
+        count = len(running.journal)
+        self.store.log.append([CommandEnded(running.id, name, None, time.time(), running.attempt, count)])
+
+    async def _attempts(self, running: Running, retries: int) -> Reply:
+        prepared, journal = running.prepared, running.journal
+        source_hash = prepared.source.hash if prepared.source is not None else None
+        resend, died = False, 0
+        avoid: frozenset[str] = frozenset()
         while True:
-            kernel = await self._acquire(running)
-            client = kernel.client
-            assert client is not None
+            running.attempt += 1
+            lease = await self._acquire(running, alone=died >= SHARED_ATTEMPTS, avoid=avoid)
+            client = lease.client
             with_source = source_hash is not None and (resend or source_hash not in client.sources)
-            tried = Attempt(running.remaining_ms(), attempt, trace.traceparent, with_source)
+            tried = Attempt(running.remaining_ms(), running.attempt, running.trace.traceparent, with_source)
+            if running.attempt > 1:
+                self.store.log.append([CommandTried(running.id, running.attempt)])
+            outcome = "cancelled"
             try:
-                reply = await self._attempt(client, running, method, tried, build)
+                reply = await self._attempt(client, running, tried)
+                outcome = "ok"
             except KernelDied as exc:
                 # Only if it is this kernel that died: a tool may have met another's death and passed it on.
                 if exc is not client.closed:
+                    outcome = "error"
                     raise
-                if running.client is client:
-                    self._settle(client, running, attempt)
-                if attempt > retries:
-                    raise
-                attempt += 1
+                outcome = "died"
+                died += 1
+                avoid |= {lease.kernel.id}
+                self._settle(client, running)
+                self._check_may_run_again(running, exc, died, retries)
                 continue
             except SourceMissing:
+                outcome = "error"
                 if resend:
                     raise
                 resend = True
+                running.attempt -= 1
                 continue
+            except BridgeError as exc:
+                # A kernel that says itself that the time is up is well.
+                outcome = "timeout" if isinstance(exc, DeadlineExceeded) and running.unheard else "error"
+                raise
             finally:
-                kernel.completed += 1
+                self.pool.release(lease, outcome)  # type: ignore[arg-type]
             if source_hash is not None:
                 client.sources.add(source_hash)
-            return reply
+            journal.check_complete()
+            return await self._commit(running, reply)
 
-    def _settle(self, client: KernelClient, running: Running, attempt: int) -> None:
-        """End the telemetry of a command whose kernel can no longer do so itself."""
-        duration = time.perf_counter_ns() - running.began
-        trace = running.trace
-        self.telemetry.settle(
-            client.display_id(running.id),
-            f"✗ {running.subject}  {duration / 1e6:.1f} ms · bridge.KernelDied",
-            Event(
-                ("bridge", "execution", "exception"),
-                {"duration": duration},
-                {
-                    "command": running.method,
-                    "subject": running.subject,
-                    "success": False,
-                    "error": "bridge.KernelDied",
-                    "session": running.session.id,
-                    "kernel": client.attached.kernel.id if client.attached is not None else "",
-                    "attempt": attempt,
-                    "trace_id": trace.trace_id,
-                    "span_id": trace.span_id,
-                    "parent_span_id": trace.parent_span_id,
-                },
-            ),
+    def _check_may_run_again(self, running: Running, exc: KernelDied, died: int, retries: int) -> None:
+        """Raise if this was the last attempt."""
+        if died > SHARED_ATTEMPTS:
+            raise self.quarantine.add(
+                running.prepared.digest(), running.subject, running.session.id, died, exc.message
+            ) from exc
+        if died > retries:
+            raise exc
+        if running.journal.overflowed and running.journal.effects:
+            raise KernelDied(
+                f"{exc.message}; the command called back too often to be repeated", remedy="Split it into several."
+            ) from exc
+        self.telemetry.emit(
+            ("bridge", "execution", "retry"),
+            {"attempt": running.attempt + 1, "recorded": len(running.journal)},
+            {"command": running.prepared.method, "subject": running.subject, "session": running.session.id},
         )
 
-    async def _acquire(self, running: Running) -> Kernel:
-        ready = self.pool.choose()
+    async def _commit(self, running: Running, reply: Reply) -> Reply:
+        """The command's writes, its instances' new states and its end: one transaction."""
+        begun, log, staged = running.begun, self.store.log, running.staged
+        changes = running.prepared.changes(reply)
+        result = None
+        if begun.key is not None:
+            result = keep_reply(reply)
+            if running.prepared.secret:
+                result = self.store.vault.seal(result)
+        ended = CommandEnded(running.id, None, result, time.time(), running.attempt, len(running.journal))
+        if not staged.writes and not changes and result is None:
+            running.session.touch()  # that it is still there
+            number = log.append([ended])
+        else:
+            number = running.session.commit(
+                staged.writes, instances=changes, facts=[ended], kept=len(result or b""), checked=True
+            ).number
+        running.committed = True
+        if begun.key is not None:
+            self.store.finished[running.session.id, begun.key] = (begun, ended)
+        if log.on_disk and (staged.writes or changes or begun.key is not None or running.journal.effects):
+            await asyncio.shield(log.durable(number))
+        return reply
+
+    async def _acquire(self, running: Running, *, alone: bool, avoid: frozenset[str]) -> Lease:
+        source = running.prepared.source
+        # Two sessions' functions of one name are two commands, as far as their durations and failures are concerned.
+        command = running.subject if source is None else f"{running.subject} {source.hash[:8]}"
+        ask = Ask(running.session.id, command, running.depth > 0, alone, avoid)
+        ready = self.pool.take(ask)
         if ready is not None:
             return ready
         remaining = running.remaining_ms()
         try:
             async with asyncio.timeout(None if remaining is None else remaining / 1000):
-                return await self.pool.acquire()
+                return await self.pool.acquire(ask)
+        except DeadlineExceeded:
+            raise
         except TimeoutError:
             raise DeadlineExceeded(f"{running.subject} ran out of time before a kernel was ready") from None
 
-    async def _attempt(
-        self,
-        client: KernelClient,
-        running: Running,
-        method: str,
-        attempt: Attempt,
-        build: Callable[[Attempt], tuple[msgspec.Struct, Sequence[Buffer]]],
-    ) -> Reply:
-        params, buffers = build(attempt)
-        running.id, future = client.request(method, params, buffers)
-        running.begin(client)
-        key = (client, running.id)
+    async def _attempt(self, client: KernelClient, running: Running, attempt: Attempt) -> Reply:
+        params, buffers = running.prepared.build(attempt)
+        id, future = client.request(running.prepared.method, params, buffers)
+        running.begin(client, id, future)
+        key = (client, id)
         self._running[key] = running
         answered = False
         try:
@@ -312,6 +327,7 @@ class Engine:
                 except DeadlineExceeded:
                     raise  # a TimeoutError too, but the kernel's own word
                 except TimeoutError:
+                    running.unheard = True
                     raise DeadlineExceeded(
                         f"{running.subject} ran out of time, and its kernel did not say so itself",
                         remedy="It may hang in C code: kill the kernel if it does not come back.",
@@ -319,17 +335,41 @@ class Engine:
             answered = True
             return reply
         except BridgeError as exc:
-            # A deadline that the kernel noticed is an answer too; to cancel once more does no harm.
-            answered = not isinstance(exc, DeadlineExceeded) and client.closed is None
+            # What the host itself gave up, or a deadline, may be running still; to cancel once more does no harm.
+            answered = not isinstance(exc, DeadlineExceeded | ReplayDiverged) and client.closed is None
             raise
         finally:
             del self._running[key]
-            client.forget(running.id)
-            running.end()
+            client.forget(id)
             if answered:
-                self.telemetry.expect(client.display_id(running.id))
+                self.telemetry.expect(client.display_id(id))
             else:
-                client.notify("command.cancel", Cancel(running.id), control=True)
+                client.notify("command.cancel", Cancel(id), control=True)
+
+    def _settle(self, client: KernelClient, running: Running) -> None:
+        """End the telemetry of an attempt whose kernel can no longer do so itself."""
+        duration = time.perf_counter_ns() - running.began
+        trace = running.trace
+        self.telemetry.settle(
+            client.display_id(running.request_id),
+            f"✗ {running.subject}  {duration / 1e6:.1f} ms · bridge.KernelDied",
+            Event(
+                ("bridge", "execution", "exception"),
+                {"duration": duration},
+                {
+                    "command": running.prepared.method,
+                    "subject": running.subject,
+                    "success": False,
+                    "error": "bridge.KernelDied",
+                    "session": running.session.id,
+                    "kernel": client.attached.kernel.id if client.attached is not None else "",
+                    "attempt": running.attempt,
+                    "trace_id": trace.trace_id,
+                    "span_id": trace.span_id,
+                    "parent_span_id": trace.parent_span_id,
+                },
+            ),
+        )
 
     # -- what kernels say (Listener) ---------------------------------------------
 
@@ -374,116 +414,15 @@ class Engine:
         self._cells[client] = session
 
     def on_callback(self, client: KernelClient, request: Request, buffers: Sequence[Buffer]) -> None:
-        try:
-            decoder = _decoders.get(request.method)
-            if decoder is None:
-                raise MethodNotFound(f"a host has no {request.method!r}")
-            try:
-                params: Any = decoder.decode(request.params)
-            except UNDECODABLE as exc:
-                raise InvalidParams(f"{request.method}: {exc}") from exc
-            running = self._running_of(client, params.command)
-            if running is None and params.command is None and client in self._cells:
-                running = Running(self._cells[client], "execute_request", "cell", None, 0, Trace.child_of(None), None)
-            if running is None:
-                raise Cancelled(f"command {params.command} is not running: nobody waits for what it calls back")
-            if isinstance(params, ToolCall):
-                tool = running.session.tool(params.name)
-                self.tasks.start_soon(self._tool, client, request.id, running, tool, params, buffers)
-                return
-            result, out = self._answer(running.session, request.method, params, buffers)
-            client.answer(request.id, result, out)
-        except BridgeError as exc:
-            client.refuse(request.id, error_object(exc))
-        except Exception as exc:
-            # A mistake of ours: whoever waits in the kernel must hear of it all the same.
-            client.refuse(request.id, error_object(InternalError(f"{request.method}: {type(exc).__name__}: {exc}")))
-            raise
-
-    def _answer(
-        self, session: SessionState, method: str, params: Any, buffers: Sequence[Buffer]
-    ) -> tuple[msgspec.Struct, Sequence[Buffer]]:
-        """Everything but tools: read and written at once, here on the loop."""
-        match method:
-            case "session.get":
-                variable = session.get(params.name)
-                return VariableValue(variable.value.json, variable.version), variable.value.buffers
-            case "session.get_many":
-                writer = ValueWriter()
-                found = session.get_many(params.names)
-                values = {name: writer.write(v.value.read(name), name) for name, v in found.items()}
-                return VariableValues(values), writer.buffers
-            case "session.set":
-                return Versioned(session.set(params.name, store_tree(params.value, buffers, params.name))), ()
-            case "session.delete":
-                session.delete(params.name)
-                return Nothing(), ()
-            case "session.list":
-                return Variables(session.describe()), ()
-            case "instance.fetch":
-                writer = ValueWriter()
-                return record_of(session.instance(params.ref), writer), writer.buffers
-            case "tool.list":
-                return Tools(tuple(tool.info for _, tool in sorted(session.tools.items()))), ()
-        raise MethodNotFound(method)
-
-    async def _tool(
-        self,
-        client: KernelClient,
-        id: int | str,
-        running: Running,
-        tool: Tool,
-        params: ToolCall,
-        buffers: Sequence[Buffer],
-    ) -> None:
-        """Run a tool for a command. What it raises is the answer; its end before the command's is not waited for."""
-        metadata: dict[str, Any] = {
-            "tool": tool.name,
-            "session": running.session.id,
-            "trace_id": running.trace.trace_id,
-            "parent_span_id": running.trace.span_id,
-        }
-        began = time.perf_counter_ns()
-        self.telemetry.emit(("bridge", "tool", "start"), {"system_time": time.time_ns()}, metadata)
-        outcome = "exception"
-        with anyio.CancelScope() as scope:
-            running.add(scope)
-            try:
-                reader = ValueReader(buffers, lambda tag: self.hook(running.session, tag))
-                args = tuple(reader.read(value, f"args[{i}]") for i, value in enumerate(params.args))
-                kwargs = {name: reader.read(value, name) for name, value in params.kwargs.items()}
-                arguments = tool.validate(args, kwargs)
-                CURRENT.set(running)
-                if tool.asynchronous:
-                    result = await tool.function(**arguments)
-                else:
-                    result = await anyio.to_thread.run_sync(
-                        lambda: tool.function(**arguments), abandon_on_cancel=True, limiter=self._threads
-                    )
-                writer = ValueWriter()
-                answer = ValueResult(writer.write(result, f"{tool.name}()"))
-                client.answer(id, answer, writer.buffers)
-                outcome = "stop"
-            except BaseException as exc:
-                task = asyncio.current_task()
-                if isinstance(exc, asyncio.CancelledError) and (scope.cancel_called or (task and task.cancelling())):
-                    raise  # we cancelled it; one that the tool itself raised is its answer like any other
-                metadata["error"] = type_of(exc)
-                client.refuse(id, error_object(exc, wrap=ToolError, hidden=OWN_FILES))
-            finally:
-                running.remove(scope)
-        if scope.cancelled_caught:
-            metadata["error"] = "bridge.Cancelled"
-        self.telemetry.emit(("bridge", "tool", outcome), {"duration": time.perf_counter_ns() - began}, metadata)
+        self._callbacks.serve(
+            client, request, buffers, lambda command: self._running_of(client, command), self._cells.get(client)
+        )
 
 
-def record_of(instance: InstanceState, writer: ValueWriter) -> InstanceRecord:
-    """An instance as a kernel is told of it; its values are written into `writer`'s message."""
-    args = [writer.write(value, f"args[{i}]") for i, value in enumerate(instance.args.read("args"))]
-    kwargs = {name: writer.write(value, name) for name, value in instance.kwargs.read("kwargs").items()}
-    state = State(
-        instance.adapter,  # type: ignore[arg-type]
-        writer.write(instance.state.read("state"), "state"),
-        instance.sha256,
-    )
-    return InstanceRecord(instance.ref, instance.cls, tuple(args), kwargs, state, instance.version)
+def _check(deadline: float | None, retries: int, key: str | None) -> None:
+    if deadline is not None and not deadline > 0:
+        raise ValueError(f"a deadline is how many seconds there are, more than 0, not {deadline!r}")
+    if retries < 0:
+        raise ValueError(f"retries is how often a command may run again, 0 or more, not {retries!r}")
+    if key is not None and not 0 < len(key) <= 255:
+        raise ValueError(f"an idempotency key is a string of 1 to 255 characters, not {key!r}")

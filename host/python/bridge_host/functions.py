@@ -31,16 +31,20 @@ class FunctionSource(msgspec.Struct, frozen=True):
     hash: str
     lm: bool = False
     """Whether it is run with the session's language model."""
+    secrets: tuple[str, ...] = ()
+    """The session's secrets that it is run with."""
 
     @classmethod
-    def make(cls, name: str, source: str, *, lm: bool = False) -> FunctionSource:
-        return cls(name, source, hashlib.sha256(source.encode()).hexdigest(), lm)
+    def make(cls, name: str, source: str, *, lm: bool = False, secrets: tuple[str, ...] = ()) -> FunctionSource:
+        return cls(name, source, hashlib.sha256(source.encode()).hexdigest(), lm, secrets)
 
     def ref(self, *, with_source: bool) -> SourceFunction:
         return SourceFunction(self.name, self.hash, self.source if with_source else None)
 
 
-def source_of(name: str, what: str | Callable[..., Any], *, lm: bool = False) -> FunctionSource:
+def source_of(
+    name: str, what: str | Callable[..., Any], *, lm: bool = False, secrets: tuple[str, ...] = ()
+) -> FunctionSource:
     """The source of `what`, a function or the text of one, as a function called `name`.
 
     Raises:
@@ -60,7 +64,7 @@ def source_of(name: str, what: str | Callable[..., Any], *, lm: bool = False) ->
             "import it inside, pass it as an argument, or give the text of both: session.function(name, source)"
         )
     text = textwrap.dedent(what).strip() if isinstance(what, str) else ast.unparse(tree)
-    return FunctionSource.make(name, text + "\n", lm=lm)
+    return FunctionSource.make(name, text + "\n", lm=lm, secrets=secrets)
 
 
 def _parse(name: str, text: str) -> ast.Module:

@@ -4,74 +4,155 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any, Final, Self
+import time
+from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack
 
 import anyio
+import anyio.to_thread
 
 from bridge_kernel.contract.errors import HostClosed, KernelDied
 from bridge_kernel.contract.methods import Command
 from bridge_kernel.contract.values import Ref, ToolRef
 
-from .engine import Engine
+from .commands import Create, result_of
+from .display import table
+from .engine import RETRIES, Engine
+from .exchange import export_sessions, facts_of, read_export, read_file, write_file
+from .instance import AsyncInstance
+from .options import PoolOptions
 from .pool import Pool
-from .session import AsyncInstance, AsyncSession, _result
-from .store import MemoryStore
+from .session import AsyncSession
+from .store import Quota, Store
 from .tasks import Tasks
 from .telemetry import Telemetry
+from .values import ValueReader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    import os
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from bridge_kernel.contract.methods import Stats
     from bridge_kernel.contract.values import Tag
 
+    from .breaker import Breaker
     from .engine import Output
-    from .pool import KernelStatus
-    from .store import SessionState
+    from .kernel import KernelStatus
+    from .options import Recycle
+    from .quarantine import Quarantine
+    from .recovery import Interrupted
+    from .routing import Routing
+    from .running import Outcome
+    from .store import SessionInfo, SessionState
+    from .store.log import Journaled as JournaledCommand
 
-__all__ = ("AsyncHost",)
+__all__ = ("AsyncHost", "HostOptions", "open_store")
 
 STATS_S: Final = 5.0
+KEYS_KEPT_S: Final = 24 * 3600.0
+"""How long the result of a command with an idempotency key is kept."""
+SWEEP_S: Final = 60.0  # at least this often is looked for what has expired
+
+
+class HostOptions(TypedDict, total=False):
+    """What a host can be opened with."""
+
+    store: str | os.PathLike[str] | None
+    """A file in which sessions survive; without one they live in memory."""
+    ttl: float | None
+    """Seconds that a new session may be unused before it expires; None: for ever."""
+    quota: Quota
+    """How much a session may hold."""
+    kernel_name: str
+    """The kernelspec."""
+    arguments: Sequence[str]
+    """For each kernel's command line: `["--Policy.allow_pickle=False"]`."""
+    env: Mapping[str, str] | None
+    """Added to the kernels' environment."""
+    on_output: Callable[[Output], object] | None
+    """Takes what commands print; by default it goes to this process's own stdout and stderr."""
+    concurrency: int
+    """Commands that one kernel runs at once."""
+    queue: int
+    """Commands that may wait for a kernel."""
+    routing: str | Routing
+    """Which kernel a command goes to: "fastest", "least_loaded", "random", "pinned", or a strategy of yours."""
+    heartbeat: float | None
+    """Seconds that a kernel may be silent before it is taken for dead, and killed; None: for ever."""
+    spares: int
+    """Kernels that are kept ready to take a dead one's place."""
+    recycle: Recycle
+    """When a kernel is replaced although it lives."""
+    breaker: Breaker
+    """When a command that keeps failing its kernels is held back."""
+
+
+_POOL: Final = ("concurrency", "queue", "routing", "heartbeat", "spares", "recycle", "breaker")
+_KNOWN: Final = frozenset(HostOptions.__annotations__)
+
+
+def open_store(path: str | os.PathLike[str] | None, *, quota: Quota | None, ttl: float | None) -> Store:
+    """The sessions in that file, or new ones in memory.
+
+    Raises:
+        StoreLocked: another host has it open.
+        StoreDamaged: it is no store, is damaged, or is of a newer format; it was not changed.
+    """
+    if path is None:
+        return Store(quota=quota, ttl=ttl)
+    from .store.sqlite import SqliteLog
+    from .store.vault import Vault
+
+    log = SqliteLog(path)
+    try:
+        return Store(log, Vault.beside(path, store_id=log.id), quota=quota, ttl=ttl)
+    except BaseException:
+        log.close()
+        raise
 
 
 class AsyncHost:
     """Owns sessions, and kernels to run their commands on: `async with AsyncHost(kernels=2) as host`.
 
     It lives in one event loop (asyncio's). When it closes, its kernels end; when its process dies, they end
-    by themselves.
+    by themselves. With `store="bridge.db"` its sessions survive both.
     """
 
-    def __init__(
-        self,
-        kernels: int = 1,
-        *,
-        kernel_name: str = "bridge",
-        arguments: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-        on_output: Callable[[Output], object] | None = None,
-    ) -> None:
-        """`kernels` are started; 0 starts none (see `attach`).
-
-        `kernel_name` is the kernelspec; `arguments` go to each kernel's command line, e.g.
-        `["--Policy.allow_pickle=False"]`; `env` is added to its environment. `on_output` takes what commands
-        print; by default it goes to this process's own stdout and stderr.
-        """
+    def __init__(self, kernels: int = 1, **options: Unpack[HostOptions]) -> None:
+        """`kernels` are started; 0 starts none (see `attach`). The other parameters are those of `HostOptions`."""
         if kernels < 0:
-            raise ValueError(f"kernels is how many to start: 0 or more, not {kernels}")
+            raise ValueError(f"kernels is how many to start: 0 or more, not {kernels!r}")
+        if unknown := sorted(options.keys() - _KNOWN):
+            raise TypeError(f"a host has no option {', '.join(unknown)}: there is {', '.join(sorted(_KNOWN))}")
         self.telemetry = Telemetry()
         self._count = kernels
-        self._options: dict[str, Any] = {"kernel_name": kernel_name, "arguments": tuple(arguments), "env": env or {}}
-        self._on_output = on_output
-        self._sessions = MemoryStore()
+        self._options = options
+        pool: dict[str, Any] = {name: value for name, value in options.items() if name in _POOL}
+        self._pool_options = PoolOptions(**pool)
         self._engine: Engine | None = None
 
     async def __aenter__(self) -> Self:
-        """Start the kernels and wait until they are ready. Raises `KernelStartFailed`, and leaves nothing behind."""
+        """Open the store, start the kernels and wait until they are ready.
+
+        Raises:
+            StoreLocked, StoreDamaged: the store cannot be opened.
+            KernelStartFailed: a kernel does not start. Nothing is left behind.
+        """
+        options = self._options
+        path, quota, ttl = options.get("store"), options.get("quota"), options.get("ttl")
+        store = await anyio.to_thread.run_sync(lambda: open_store(path, quota=quota, ttl=ttl))
         tasks = Tasks()
-        engine = Engine(self._sessions, self.telemetry, tasks, self._on_output)
-        pool = Pool(tasks, self.telemetry, engine, **self._options)
+        engine = Engine(store, self.telemetry, tasks, options.get("on_output"), self._hook)
+        pool = Pool(
+            tasks,
+            self.telemetry,
+            engine,
+            kernel_name=options.get("kernel_name", "bridge"),
+            arguments=tuple(options.get("arguments", ())),
+            env=options.get("env") or {},
+            options=self._pool_options,
+        )
         engine.pool = pool
-        engine.hook = self._hook
+        engine.watchers.serve(asyncio.get_running_loop())
         self._engine = engine
         self.telemetry.pumped_by(pool.pump)
         try:
@@ -79,20 +160,39 @@ class AsyncHost:
         except BaseException:
             await self.close()
             raise
+        self._swept = anyio.Event()
+        tasks.start_soon(self._sweep, engine)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """End the kernels and everything that runs in them. Sessions are gone with the host: they live in memory."""
+        """End the kernels and everything that runs in them. What was running is listed as interrupted when the
+        store is opened again; sessions in memory are gone.
+        """
         engine, self._engine = self._engine, None
         if engine is None:
             return
         with anyio.CancelScope(shield=True):
+            engine.closing = True
             engine.pool.refuse()
             await engine.tasks.close()
             await engine.pool.close()
+            await anyio.to_thread.run_sync(engine.watchers.close)
+            await anyio.to_thread.run_sync(engine.store.close)
+
+    async def _sweep(self, engine: Engine) -> None:
+        """Forget sessions as they expire."""
+        while True:
+            gone, next_end = engine.store.sweep()
+            for id in gone:
+                self.telemetry.emit(("bridge", "session", "stop"), {"system_time": time.time_ns()}, _expired(id))
+            engine.store.forget_keys(engine.store.clock() - KEYS_KEPT_S)
+            pause = SWEEP_S if next_end is None else next_end - engine.store.clock()
+            self._swept = anyio.Event()
+            with anyio.move_on_after(min(max(pause, 0.01), SWEEP_S)):
+                await self._swept.wait()
 
     @property
     def engine(self) -> Engine:
@@ -114,18 +214,118 @@ class AsyncHost:
 
     # -- sessions ----------------------------------------------------------------
 
-    def session(self, id: str | None = None) -> AsyncSession:
-        """The session of that id, made if there is none; a new one without an id."""
-        return AsyncSession(self._sessions.open(id), self.engine)
+    def _open_session(self, id: str | None, ttl: float | None) -> SessionState:
+        engine = self.engine
+        state, number = engine.store.open(id, ttl=ttl)
+        if number:
+            self.telemetry.emit(("bridge", "session", "start"), {"system_time": time.time_ns()}, {"session": state.id})
+            engine.store.log.wait(number)
+        return state
+
+    def session(self, id: str | None = None, *, ttl: float | None = None) -> AsyncSession:
+        """The session of that id, made if there is none; a new one without an id. `ttl` becomes its time to live."""
+        state = self._open_session(id, ttl)
+        if state.ttl is not None:
+            self._swept.set()
+        return AsyncSession(state, self.engine)
 
     def sessions(self) -> list[str]:
-        return list(self._sessions)
+        return list(self.engine.store)
+
+    def describe(self) -> Sessions:
+        """Each session's age, use, version and size, as a table to look at."""
+        store = self.engine.store
+        return Sessions(store.peek(id).describe() for id in store)
 
     def delete_session(self, id: str) -> None:
-        """Forget a session and all it owns. Raises `NotFound`."""
-        self._sessions.delete(id)
+        """Forget a session and all it owns: variables, instances, tools, functions, secrets, journal. Raises `NotFound`."""
+        store = self.engine.store
+        store.log.wait(store.delete(id))
+        self.telemetry.emit(("bridge", "session", "stop"), {"system_time": time.time_ns()}, {"session": id})
+
+    def export(self, path: str | os.PathLike[str], *sessions: str, history: bool = False) -> None:
+        """Write these sessions, or all, into one JSON file: all but tools, and secrets of which only the names.
+
+        The format is that of docs/session-export.schema.json.
+        """
+        store = self.engine.store
+        states = [store.peek(id) for id in sessions or store]
+        histories = {state.id: store.log.histories(state.id) for state in states} if history else None
+        tools = {state.id: sorted(state.tools) for state in states}
+        facts = [fact for state in states for fact in state.facts()]
+        write_file(path, export_sessions(facts, now=store.clock(), histories=histories, tools=tools))
+
+    def import_(self, path: str | os.PathLike[str]) -> list[str]:
+        """Add the sessions of an exported file; their ids.
+
+        Raises:
+            StoreDamaged: it is no export, or of a newer format.
+            ValueError: there is a session of that id already.
+        """
+        store = self.engine.store
+        batches = facts_of(read_export(read_file(path)), now=store.clock())
+        return store.take(batches)
+
+    # -- what was interrupted ------------------------------------------------------
+
+    def interrupted(self) -> list[Interrupted]:
+        """The commands that were running when the store was last closed, or its host died, oldest first."""
+        return self.engine.recovery.interrupted()
+
+    async def resume(
+        self,
+        id: str,
+        *,
+        replies: Mapping[str, Any] | None = None,
+        rerun: Collection[str] = (),
+        deadline: float | None = None,
+        retries: int = RETRIES,
+    ) -> Any:
+        """Run an interrupted command again, its tools' replies taken from the journal; its result.
+
+        Register the session's tools first. `replies` says what a call in doubt returned, by the call's id; `rerun`
+        names those to be made again.
+
+        Raises:
+            EffectInDoubt: a tool was running when the host died, and neither says what to do.
+            NotFound: there is no such command.
+        """
+        outcome = await self.engine.recovery.resume(
+            id, replies=replies, rerun=rerun, deadline=deadline, retries=retries
+        )
+        return self._value(outcome)
+
+    def _value(self, outcome: Outcome) -> Any:
+        method = outcome.prepared.method
+        session = outcome.session
+        request = outcome.prepared.request
+        if isinstance(request, Create):
+            return self._hook(session, Ref(request.ref, request.cls))
+        result = result_of(method, outcome.reply)
+        if method == "object.inspect":
+            return result
+        return ValueReader(outcome.reply.buffers, lambda tag: self._hook(session, tag)).read(result.value, "result")
+
+    def drop(self, id: str) -> None:
+        """Forget an interrupted command; nothing that it wrote is kept. Raises `NotFound`."""
+        engine = self.engine
+        engine.store.log.wait(engine.recovery.drop(id))
+
+    def journal(self, session: str | None = None) -> Journaled:
+        """The commands that ran, of one session or of all, the last 10,000 and those that run: a table to look at."""
+        return Journaled(self.engine.store.log.commands(session))
+
+    @property
+    def quarantine(self) -> Quarantine:
+        """The commands that ended every kernel they met, and are not run again until they are let out."""
+        return self.engine.quarantine
 
     # -- kernels -----------------------------------------------------------------
+
+    @property
+    def pool(self) -> Pool:
+        """The kernels: `status()`, `await scale(n)`, `await drain(id)`, `await restart(id)`."""
+        return self.engine.pool
 
     def kernels(self) -> list[KernelStatus]:
         """Each kernel: id, pid, state, commands in flight and completed."""
@@ -140,7 +340,7 @@ class AsyncHost:
         engine = self.engine
         kernel = await engine.pool.attach(connection_file, session)
         assert kernel.client is not None
-        engine.cells_of(kernel.client, self._sessions.open(session if session else None))
+        engine.cells_of(kernel.client, self._open_session(session or None, None))
 
     async def stats(self) -> dict[str, Stats]:
         """What each kernel uses and has done, by kernel id. A kernel that does not answer within 5 s is left out."""
@@ -151,7 +351,7 @@ class AsyncHost:
                 try:
                     with contextlib.suppress(TimeoutError, KernelDied):
                         async with asyncio.timeout(STATS_S):
-                            found[kernel.id] = _result("kernel.stats", await future)
+                            found[kernel.id] = result_of("kernel.stats", await future)
                 finally:
                     kernel.client.forget(id)
         return found
@@ -159,4 +359,59 @@ class AsyncHost:
     def __repr__(self) -> str:
         if self._engine is None:
             return "<AsyncHost closed>"
-        return f"<AsyncHost kernels={len(self._engine.pool.kernels)} sessions={len(self._sessions)}>"
+        return f"<AsyncHost kernels={len(self._engine.pool.kernels)} sessions={len(self._engine.store)}>"
+
+
+def _expired(id: str) -> dict[str, str | int | float | bool | None]:
+    return {"session": id, "reason": "expired"}
+
+
+class Sessions(list["SessionInfo"]):
+    """Sessions, described: a list that shows itself as a table."""
+
+    def _rows(self) -> tuple[list[str], list[list[str]]]:
+        now = time.time()
+        rows = [
+            [
+                info.id,
+                str(info.version),
+                str(info.variables),
+                str(info.instances),
+                f"{info.bytes:,}",
+                f"{now - info.used:,.0f} s ago",
+                "never" if info.expires is None else f"in {info.expires - now:,.0f} s",
+            ]
+            for info in self
+        ]
+        return ["session", "version", "variables", "instances", "bytes", "used", "expires"], rows
+
+    def __repr__(self) -> str:
+        return table(*self._rows())
+
+    def _repr_html_(self) -> str:
+        return table(*self._rows(), html=True)
+
+
+class Journaled(list["JournaledCommand"]):
+    """Commands of the journal: a list that shows itself as a table."""
+
+    def _rows(self) -> tuple[list[str], list[list[str]]]:
+        rows = [
+            [
+                command.begun.id,
+                command.begun.session,
+                command.begun.subject,
+                "running" if command.ended is None else command.ended.error or "ok",
+                str(command.attempts if command.ended is None else command.ended.attempts),
+                "" if command.ended is None else str(command.ended.callbacks),
+                "" if command.ended is None else f"{(command.ended.ended - command.begun.began) * 1e3:,.1f} ms",
+            ]
+            for command in self
+        ]
+        return ["command", "session", "what", "end", "attempts", "callbacks", "took"], rows
+
+    def __repr__(self) -> str:
+        return table(*self._rows())
+
+    def _repr_html_(self) -> str:
+        return table(*self._rows(), html=True)

@@ -1,70 +1,66 @@
-"""`AsyncSession` and `AsyncInstance`: a session as asynchronous code of the host's uses it."""
+"""`AsyncSession`: a session as asynchronous code of the host's uses it; `SessionBase`: what needs no kernel."""
 
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import msgspec
 
-from bridge_kernel.contract.errors import InternalError, NotFound
-from bridge_kernel.contract.frames import UNDECODABLE
-from bridge_kernel.contract.methods import (
-    COMMANDS,
-    LM,
-    FunctionCall,
-    FunctionStream,
-    Inspected,
-    InstanceCall,
-    InstanceCreate,
-    InstanceRecord,
-    ObjectInspect,
-    PathFunction,
-)
+from bridge_kernel.contract.errors import NotFound
+from bridge_kernel.contract.methods import LM
 from bridge_kernel.contract.values import Ref
 
-from .engine import record_of
-from .functions import FunctionSource, source_of
-from .store import InstanceState, check_name
+from .commands import CallFunction, CallMethod, Create, Inspect, StreamFunction, arguments, result_of
+from .engine import RETRIES
+from .functions import source_of
+from .instance import AsyncInstance, Instances
+from .secret import Secrets
+from .store import Write, check_name
+from .store.types import VariableType
 from .stream import WINDOW, AsyncStream
 from .tools import Tool
-from .values import ValueReader, ValueWriter, store, store_tree
+from .values import ValueReader, ValueWriter, store
+from .variables import Access, Snapshot, Variables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from bridge_kernel.contract.frames import Buffer
-    from bridge_kernel.contract.methods import VariableInfo
+    from bridge_kernel.contract.methods import Inspected
     from bridge_kernel.contract.values import Tag
 
     from .client import Reply
-    from .engine import Attempt, Engine, Running
-    from .store import SessionState
+    from .engine import Engine
+    from .running import Running
+    from .store import Change, SessionInfo, SessionState
+    from .watch import Changes, Watch
 
-__all__ = ("AsyncInstance", "AsyncSession")
+__all__ = ("AsyncSession", "SessionBase")
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
-_decoders: Final = {name: msgspec.json.Decoder(m.result) for name, m in COMMANDS.items()}
-
-
-def _result(method: str, reply: Reply) -> Any:
-    try:
-        return _decoders[method].decode(reply.result)
-    except UNDECODABLE as exc:
-        raise InternalError(f"the kernel's answer to {method} does not fit the contract: {exc}") from exc
-
 
 class SessionBase:
-    """What sessions do without a kernel: all of it at once, so it is the same for both faces."""
+    """What sessions do without a kernel: all of it at once, so it is the same for both faces.
+
+    With a durable store, whatever changes the session returns when the change is on disk.
+    """
 
     def __init__(self, state: SessionState, engine: Engine) -> None:
         self._state = state
         self._engine = engine
+        self._access = Access(state, self._arrive, self._wait)
 
     @property
     def id(self) -> str:
         return self._state.id
+
+    def _wait(self, number: int) -> None:
+        if number:
+            self._engine.store.log.wait(number)
+
+    def _arrive(self, tag: Tag) -> object:
+        return self._engine.hook(self._state, tag)
 
     # -- variables ---------------------------------------------------------------
 
@@ -73,16 +69,22 @@ class SessionBase:
         return self._state.get(name).value.read(name, self._arrive)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """Write a variable; raises `NotSerializable` if the value could not reach a kernel."""
-        self._state.set(name, store(value, check_name("variable", name)))
+        """Write a variable.
+
+        Raises:
+            NotSerializable: the value could not reach a kernel.
+            InvalidValue: it does not fit the type that the variable was defined with.
+            QuotaExceeded, StoreFailed: as they say.
+        """
+        self._wait(self._state.set(name, store(value, check_name("variable", name))).number)
 
     def __delitem__(self, name: str) -> None:
-        self._state.delete(name)
+        self._wait(self._state.delete(name).number)
 
     def __contains__(self, name: object) -> bool:
         return name in self._state.names()
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._state.names())
 
     def __len__(self) -> int:
@@ -94,15 +96,83 @@ class SessionBase:
         except NotFound:
             return default
 
-    def update(self, values: dict[str, Any]) -> None:
-        """Write several variables; if one of them cannot be carried, none is written."""
-        stored = {name: store(value, check_name("variable", name)) for name, value in values.items()}
-        for name, value in stored.items():
-            self._state.set(name, value)
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Write several variables in one commit: all of them or, if one cannot be written, none."""
+        writes = {name: Write(store(value, check_name("variable", name))) for name, value in values.items()}
+        self._wait(self._state.commit(writes).number)
 
-    def variables(self) -> tuple[VariableInfo, ...]:
-        """Name, version, type and size (bytes) of every variable, by name."""
+    @property
+    def variables(self) -> Variables:
+        """The variables by name, with their versions and history: `session.variables["x"].undo()`."""
+        return Variables(self._access)
+
+    def define(self, name: str, kind: Any, /, **constraints: Any) -> None:
+        """Give a variable a type, which every value written from now on must fit, wherever it is written.
+
+        `kind` is a Python type or annotation (`float`, `list[int]`, a pydantic model), a JSON Schema, "tensor"
+        (dtype=, shape=), "embedding" (dimensions=) or "module" (choices=); None takes the type away. Constraints
+        are JSON Schema's in Python's words: ge, gt, le, lt, multiple_of, min_length, max_length, pattern, enum,
+        default, description.
+
+        Raises:
+            InvalidValue: the value that is there does not fit.
+            TypeError, ValueError: the type makes no schema, or a constraint is none of its.
+        """
+        made = None if kind is None else VariableType.make(kind, **constraints)
+        self._wait(self._state.define(name, made))
+
+    @property
+    def version(self) -> int:
+        """How many commits there were."""
+        return self._state.version
+
+    def at(self, version: int) -> Snapshot:
+        """The variables as they were after that commit, read only. Raises `NotFound` if they are not kept."""
+        return Snapshot(version, self._state.at(version), self._arrive)
+
+    def restore(self, version: int) -> None:
+        """Bring all variables back to what they were after that commit, in one commit. Instances stay as they are."""
+        then = self._state.at(version)
+        writes = {name: Write(None) for name in self._state.names() if name not in then}
+        for name, put in then.items():
+            if self._state.version_of(name) != put.version:
+                writes[name] = Write(put.value, None, put.restores or put.version)
+        self._wait(self._state.commit(writes).number)
+
+    def watch(self, callback: Callable[[Change], object], name: str | None = None) -> Watch:
+        """Call `callback(change)`, a function or a coroutine function, after each commit that changes the variable.
+
+        Without a name: any variable. In the order of the commits, on a thread of its own (asynchronous ones: on the
+        host's loop), so it may do what it likes; a watcher that raises is closed, with a warning.
+        """
+        return self._engine.watchers.watch(self.id, name, callback)
+
+    def changes(self, name: str | None = None) -> Changes:
+        """Changes from now on, to iterate over with `for` or `async for`; `close()` ends it."""
+        return self._engine.watchers.changes(self.id, name)
+
+    # -- its life ----------------------------------------------------------------
+
+    @property
+    def ttl(self) -> float | None:
+        """Seconds that it may be unused before it expires, with all it owns; None: for ever. Settable.
+
+        Whatever is done with the session by the host or by a command counts as use; kernels' heartbeats do not.
+        """
+        return self._state.ttl
+
+    @ttl.setter
+    def ttl(self, seconds: float | None) -> None:
+        self._wait(self._state.set_ttl(seconds))
+
+    def describe(self) -> SessionInfo:
+        """Its age, use, version, and how much of what it holds."""
         return self._state.describe()
+
+    @property
+    def secrets(self) -> Secrets:
+        """API keys and the like: `session.secrets["OPENAI_API_KEY"] = "…"`, sent with commands that name them."""
+        return Secrets(self._access, self._engine.store.vault)
 
     # -- tools and functions -----------------------------------------------------
 
@@ -112,25 +182,44 @@ class SessionBase:
         return dict(self._state.tools)
 
     @overload
-    def tool(self, function: F, /, *, name: str = "", description: str = "") -> F: ...
+    def tool(self, function: F, /, *, name: str = "", description: str = "", idempotent: bool = False) -> F: ...
     @overload
-    def tool(self, function: None = None, /, *, name: str = "", description: str = "") -> Callable[[F], F]: ...
-    def tool(self, function: Callable[..., Any] | None = None, /, *, name: str = "", description: str = "") -> Any:
+    def tool(
+        self, function: None = None, /, *, name: str = "", description: str = "", idempotent: bool = False
+    ) -> Callable[[F], F]: ...
+    def tool(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str = "",
+        description: str = "",
+        idempotent: bool = False,
+    ) -> Any:
         """Register a function of the host as a tool, as a decorator or by a call. The function itself stays as it was.
 
-        Its schema comes from its type hints, what it says of itself from its docstring. Registering the
-        name again replaces it. Raises TypeError if the function has parameters that go by position only.
+        Its schema comes from its type hints, what it says of itself from its docstring. Registering the name again
+        replaces it. `idempotent` says that to run it twice does no harm: then a command may take another way when
+        it is run again, and a call that was cut short by the host's end is simply made again.
+
+        Raises TypeError if the function has parameters that go by position only.
         """
         if function is None:
-            return lambda decorated: self._register(decorated, name, description)
-        return self._register(function, name, description)
+            return lambda decorated: self._register(decorated, name, description, idempotent)
+        return self._register(function, name, description, idempotent)
 
-    def _register(self, function: Callable[..., Any], name: str, description: str) -> Callable[..., Any]:
+    def _register(
+        self, function: Callable[..., Any], name: str, description: str, idempotent: bool
+    ) -> Callable[..., Any]:
         if not callable(function):
             raise TypeError(
                 f"a tool is a function, not {function!r}: @session.tool, or @session.tool(name=…), above it"
             )
-        tool = function if isinstance(function, Tool) else Tool(function, name=name, description=description)
+        if isinstance(function, Tool):
+            tool = function
+        else:
+            tool = Tool(function, name=name, description=description, idempotent=idempotent)
+        self._state.touch()
         self._state.tools[tool.name] = tool
         return function
 
@@ -141,24 +230,27 @@ class SessionBase:
         /,
         *,
         lm: bool = False,
+        secrets: Sequence[str] = (),
     ) -> Any:
         """Give the session a Python function that kernels run: `session.call(name, …)`.
 
         `session.function("name", source_or_callable)`, or as a decorator: `@session.function`,
-        `@session.function("name")`, `@session.function(lm=True)`. `lm` runs it with the session's language model.
+        `@session.function("name")`, `@session.function(lm=True)`. `lm` runs it with the session's language model,
+        `secrets` with those of its secrets: `ctx.secret(name)`.
 
         Raises:
             ValueError: the function uses what does not travel with it.
         """
         if callable(name):
             what, name = name, name.__name__
+        named = _names(secrets)
         if what is not None and name is not None:
-            self._state.functions[name] = source_of(name, what, lm=lm)
+            self._wait(self._state.put_function(source_of(name, what, lm=lm, secrets=named)))
             return what
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             called = name or function.__name__
-            self._state.functions[called] = source_of(called, function, lm=lm)
+            self._wait(self._state.put_function(source_of(called, function, lm=lm, secrets=named)))
             return function
 
         return register
@@ -174,48 +266,54 @@ class SessionBase:
     ) -> None:
         """The language model of the session's DSPy code: the arguments of `dspy.LM`, and DSPy's adapter by name.
 
-        The key is sent with the commands that need it, and is in no repr, telemetry or error.
+        The key is kept as a secret: sent with the commands that need it, and in no repr, telemetry or error.
         """
         writer = ValueWriter()
         written = {name: writer.write(value, f"lm.{name}") for name, value in options.items()}
         if writer.buffers:
             raise TypeError("options of a language model are plain data: no arrays, tables or long bytes")
-        self._state.lm = LM(model=model, api_base=api_base, api_key=api_key, adapter=adapter, options=written)
+        sealed = self._engine.store.vault.seal(api_key.encode()) if api_key else None
+        self._wait(self._state.put_lm(LM(model=model, api_base=api_base, adapter=adapter, options=written), sealed))
 
-    def _arrive(self, tag: Tag) -> object:
-        return self._engine.hook(self._state, tag)
+    # -- instances ---------------------------------------------------------------
 
-    # -- building commands -------------------------------------------------------
+    def _ref(self, instance: Any) -> str:
+        if isinstance(instance, str):
+            return self._state.find_instance(instance).ref
+        tag = getattr(type(instance), "__bridge_tag__", None)
+        if tag is None or not isinstance(instance.__bridge_tag__, Ref):
+            raise TypeError(f"an instance is given as itself, or by its name or ref, not as {instance!r}")
+        return self._state.instance(instance.__bridge_tag__.id).ref
 
-    def _function_call(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], credit: int = 0
-    ) -> tuple[Callable[[Attempt], tuple[msgspec.Struct, Sequence[Buffer]]], FunctionSource | None]:
-        source = self._state.functions.get(check_name("function", name))
-        writer = ValueWriter()
-        written_args, written_kwargs = writer.write_all(args, kwargs)
-        lm = self._state.lm if name.startswith("dspy.") or (source is not None and source.lm) else None
+    def release(self, instance: Any) -> None:
+        """Let go of an instance, given as itself, by its name or by its ref. Raises `NotFound`."""
+        self._wait(self._state.forget_instance(self._ref(instance)))
 
-        def build(attempt: Attempt) -> tuple[msgspec.Struct, Sequence[Buffer]]:
-            function = PathFunction(name) if source is None else source.ref(with_source=attempt.with_source)
-            common: dict[str, Any] = {
-                **attempt.common(self._state.id),
-                "function": function,
-                "args": written_args,
-                "kwargs": written_kwargs,
-                "lm": lm,
-            }
-            params = FunctionStream(**common, credit=credit) if credit else FunctionCall(**common)
-            return params, writer.buffers
+    def rename(self, instance: Any, name: str) -> None:
+        """Give an instance a name, to find it by: `session.instances[name]`; an empty one takes it away.
 
-        return build, source
+        Raises:
+            Conflict: another has that name.
+        """
+        self._wait(self._state.name_instance(self._ref(instance), name))
+
+    def _copy(self, instance: Any, name: str) -> str:
+        known = self._state.instance(self._ref(instance))
+        made = msgspec.structs.replace(known, ref=uuid.uuid4().hex, version=1, name="")
+        if name and any(other.name == name for other in self._state.instances.values()):
+            self._state.name_instance(known.ref, name)  # raises what there is to say
+        made = msgspec.structs.replace(made, name=name)
+        self._wait(self._state.put_instance(made).number)
+        return made.ref
 
     def __repr__(self) -> str:
         state = self._state
         parts = {
-            "variables": state.names(),
-            "instances": [f"{i.cls} {i.ref[:8]}" for i in list(state.instances.values())],
+            "variables": state.names() if not state.deleted else [],
+            "instances": [f"{i.cls} {i.name or i.ref[:8]}" for i in list(state.instances.values())],
             "tools": sorted(state.tools),
             "functions": sorted(state.functions),
+            "secrets": list(self.secrets),
         }
         shown = "; ".join(f"{what}: {', '.join(names[:12])}" for what, names in parts.items() if names)
         return f"<Session {state.id!r}{' ' + shown if shown else ' (empty)'}>"
@@ -224,25 +322,39 @@ class SessionBase:
 class AsyncSession(SessionBase):
     """A session: variables, tools, functions and instances that the host owns; kernels borrow them for a command."""
 
+    async def set(self, name: str, value: Any, *, if_version: int | None = None) -> None:
+        """As `session[name] = value`, without holding up the event loop while the disk writes.
+
+        Raises:
+            Conflict: the variable is not at `if_version`; 0 asks that there is none.
+        """
+        commit = self._state.set(name, store(value, check_name("variable", name)), if_version)
+        await self._engine.store.log.durable(commit.number)
+
     async def call(
         self,
         name: str,
         /,
         *args: Any,
         deadline: float | None = None,
-        retries: int = 0,
+        retries: int = RETRIES,
+        idempotency_key: str | None = None,
+        secrets: Sequence[str] = (),
         **kwargs: Any,
     ) -> Any:
         """Call one of the session's functions, or one importable in the kernel: `call("math.hypot", 3, 4)`.
 
-        `deadline` in seconds, callbacks included; `retries`: how often it may run again if its kernel dies.
-        A function of yours with parameters of these two names takes them by position.
+        `deadline` in seconds, callbacks included; `retries`: how often it runs again if its kernel dies, its tools
+        not called a second time; `idempotency_key`: however often it is called with the same key, it runs once and
+        the first result is given; `secrets` are the names of those that it gets. A function of yours with
+        parameters of these names takes them by position.
 
         Raises:
             RemoteError: what the function raised, with the kernel's traceback.
-            DeadlineExceeded, KernelDied, NotSerializable, NotFound, PolicyDenied: as they say.
+            DeadlineExceeded, KernelDied, NotSerializable, NotFound, PolicyDenied, Quarantined, QueueFull,
+            ReplayDiverged, Conflict: as they say. Nothing that the command wrote is kept then.
         """
-        return await self._call(name, args, kwargs, deadline, retries, None)
+        return await self._call(name, args, kwargs, deadline, retries, idempotency_key, secrets)
 
     async def _call(
         self,
@@ -251,30 +363,35 @@ class AsyncSession(SessionBase):
         kwargs: dict[str, Any],
         deadline: float | None,
         retries: int,
-        parent: Running | None,
+        key: str | None,
+        secrets: Sequence[str],
+        parent: Running | None = None,
     ) -> Any:
-        build, source = self._function_call(name, args, kwargs)
-        reply = await self._engine.run(
-            self._state,
-            "function.call",
-            name,
-            build,
-            deadline=deadline,
-            retries=retries,
-            parent=parent,
-            source_hash=source.hash if source is not None else None,
+        request = CallFunction(check_name("function", name), arguments(args, kwargs), _names(secrets))
+        outcome = await self._engine.run(
+            self._state, request, deadline=deadline, retries=retries, key=key, parent=parent
         )
-        return self._value("function.call", reply)
+        return self._value("function.call", outcome.reply)
 
     def _value(self, method: str, reply: Reply) -> Any:
-        return ValueReader(reply.buffers, self._arrive).read(_result(method, reply).value, "result")
+        return ValueReader(reply.buffers, self._arrive).read(result_of(method, reply).value, "result")
 
-    def stream(self, name: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> AsyncStream[Any]:
+    def stream(
+        self,
+        name: str,
+        /,
+        *args: Any,
+        deadline: float | None = None,
+        retries: int = RETRIES,
+        secrets: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> AsyncStream[Any]:
         """Run a generator and iterate over what it yields: `async for chunk in session.stream(…)`.
 
-        A producer is at most 16 values ahead. Leaving the loop early, or `aclose()`, stops it.
+        A producer is at most 16 values ahead. Leaving the loop early, or `aclose()`, stops it, and nothing that it
+        wrote is kept. If its kernel dies it runs again, and what had arrived is not given twice.
         """
-        return self._stream(name, args, kwargs, deadline, None)
+        return self._stream(name, args, kwargs, deadline, retries, secrets, None)
 
     def _stream(
         self,
@@ -282,34 +399,37 @@ class AsyncSession(SessionBase):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         deadline: float | None,
+        retries: int,
+        secrets: Sequence[str],
         parent: Running | None,
     ) -> AsyncStream[Any]:
-        build, source = self._function_call(name, args, kwargs, credit=WINDOW)
+        given = arguments(args, kwargs)
+        request = StreamFunction(check_name("function", name), given, _names(secrets), WINDOW)
         stream: AsyncStream[Any] = AsyncStream(self._engine, self._arrive)
 
         async def run() -> Any:
-            reply = await self._engine.run(
+            outcome = await self._engine.run(
                 self._state,
-                "function.stream",
-                name,
-                build,
+                request,
                 deadline=deadline,
+                retries=retries,
                 parent=parent,
-                source_hash=source.hash if source is not None else None,
                 on_chunk=stream._on_chunk,
                 started=stream._on_started,
             )
-            return self._value("function.stream", reply)
+            return self._value("function.stream", outcome.reply)
 
         stream._start(run)
         return stream
 
-    async def create(self, cls: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> AsyncInstance:
+    async def create(
+        self, cls: str, /, *args: Any, deadline: float | None = None, secrets: Sequence[str] = (), **kwargs: Any
+    ) -> AsyncInstance:
         """Make an object in a kernel and keep it here: as its recipe, and the state it has.
 
         Raises as `call` does; nothing is kept then.
         """
-        return AsyncInstance(self, await self._create(cls, args, kwargs, deadline, None))
+        return AsyncInstance(self, await self._create(cls, args, kwargs, deadline, secrets))
 
     async def _create(
         self,
@@ -317,34 +437,12 @@ class AsyncSession(SessionBase):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         deadline: float | None,
-        parent: Running | None,
+        secrets: Sequence[str],
+        parent: Running | None = None,
     ) -> str:
         ref = uuid.uuid4().hex
-        stored_args, stored_kwargs = store(list(args), "args"), store(kwargs, "kwargs")
-
-        def build(attempt: Attempt) -> tuple[msgspec.Struct, Sequence[Buffer]]:
-            writer = ValueWriter()
-            written = writer.write_all(stored_args.read("args"), stored_kwargs.read("kwargs"))
-            params = InstanceCreate(
-                **attempt.common(self._state.id),
-                record=InstanceRecord(ref, cls, *written),
-            )
-            return params, writer.buffers
-
-        reply = await self._engine.run(
-            self._state, "instance.create", f"{cls}()", build, deadline=deadline, parent=parent, retries=1
-        )
-        created = _result("instance.create", reply)
-        self._state.instances[ref] = InstanceState(
-            ref=ref,
-            cls=cls,
-            args=stored_args,
-            kwargs=stored_kwargs,
-            adapter=created.state.adapter,
-            state=store_tree(created.state.value, reply.buffers, "state"),
-            sha256=created.state.sha256,
-            methods=created.methods,
-        )
+        request = Create(ref, cls, store(list(args), "args"), store(kwargs, "kwargs"), _names(secrets))
+        await self._engine.run(self._state, request, deadline=deadline, parent=parent)
         return ref
 
     async def _call_method(
@@ -354,146 +452,48 @@ class AsyncSession(SessionBase):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         deadline: float | None = None,
-        retries: int = 0,
+        retries: int = RETRIES,
+        key: str | None = None,
+        secrets: Sequence[str] = (),
         parent: Running | None = None,
     ) -> Any:
-        read = 0  # the version that the attempt which succeeds was built from
-
-        def build(attempt: Attempt) -> tuple[msgspec.Struct, Sequence[Buffer]]:
-            nonlocal read
-            instance = self._state.instance(ref)
-            read = instance.version
-            writer = ValueWriter()
-            record = record_of(instance, writer)
-            written_args, written_kwargs = writer.write_all(args, kwargs)
-            params = InstanceCall(
-                **attempt.common(self._state.id),
-                record=record,
-                method=method,
-                args=written_args,
-                kwargs=written_kwargs,
-                lm=self._state.lm if instance.adapter == "dspy" else None,
-            )
-            return params, writer.buffers
-
-        subject = f"{self._state.instance(ref).cls}.{method}"
-        reply = await self._engine.run(
-            self._state, "instance.call", subject, build, deadline=deadline, retries=retries, parent=parent
+        request = CallMethod(ref, method, arguments(args, kwargs), _names(secrets))
+        outcome = await self._engine.run(
+            self._state, request, deadline=deadline, retries=retries, key=key, parent=parent
         )
-        called = _result("instance.call", reply)
-        value = ValueReader(reply.buffers, self._arrive).read(called.value, "result")
-        if called.state is not None:
-            state = store_tree(called.state.value, reply.buffers, "state")
-            self._state.change_instance(ref, read, called.state.adapter, state, called.state.sha256)
-        return value
+        return self._value("instance.call", outcome.reply)
 
     async def inspect(self, target: Any, /, *, deadline: float | None = None) -> Inspected:
         """Describe a dotted name, a function of the session's, or an instance: signature, documentation, members."""
         return await self._inspect(target, deadline, None)
 
     async def _inspect(self, target: Any, deadline: float | None, parent: Running | None) -> Inspected:
-        tag = getattr(type(target), "__bridge_tag__", None)
-        ref = target.__bridge_tag__.id if tag is not None and isinstance(target.__bridge_tag__, Ref) else None
-        source = self._state.functions.get(target) if isinstance(target, str) else None
-
-        def build(attempt: Attempt) -> tuple[msgspec.Struct, Sequence[Buffer]]:
-            writer = ValueWriter()
-            params = ObjectInspect(
-                **attempt.common(self._state.id),
-                path=target if ref is None and source is None else None,
-                function=source.ref(with_source=True) if source is not None else None,
-                record=record_of(self._state.instance(ref), writer) if ref is not None else None,
-            )
-            return params, writer.buffers
-
-        if ref is None and not isinstance(target, str):
-            raise TypeError(f"inspect takes a dotted name, a function's name or an instance, not {target!r}")
-        reply = await self._engine.run(
-            self._state, "object.inspect", "object.inspect", build, deadline=deadline, parent=parent
-        )
-        inspected: Inspected = _result("object.inspect", reply)
+        if isinstance(target, str):
+            request = Inspect(name=target)
+        else:
+            tag = getattr(type(target), "__bridge_tag__", None)
+            if tag is None or not isinstance(target.__bridge_tag__, Ref):
+                raise TypeError(f"inspect takes a dotted name, a function's name or an instance, not {target!r}")
+            request = Inspect(ref=target.__bridge_tag__.id)
+        outcome = await self._engine.run(self._state, request, deadline=deadline, parent=parent)
+        inspected: Inspected = result_of("object.inspect", outcome.reply)
         return inspected
 
     def instance(self, ref: str) -> AsyncInstance:
-        """The instance of that ref. Raises `NotFound`."""
-        self._state.instance(ref)
-        return AsyncInstance(self, ref)
+        """The instance of that ref or name. Raises `NotFound`."""
+        return AsyncInstance(self, self._state.find_instance(ref).ref)
 
     @property
-    def instances(self) -> dict[str, AsyncInstance]:
-        """The session's instances by ref."""
-        return {ref: AsyncInstance(self, ref) for ref in list(self._state.instances)}
+    def instances(self) -> Instances[AsyncInstance]:
+        """The session's instances by name or ref, as a table to look at."""
+        return Instances(self._state, self.instance)
+
+    def copy(self, instance: Any, *, name: str = "") -> AsyncInstance:
+        """A new instance with the same recipe and state, from now on its own."""
+        return AsyncInstance(self, self._copy(instance, name))
 
 
-class InstanceBase:
-    """An object that the host owns; what it can do is asked of a kernel."""
-
-    def __init__(self, session: Any, ref: str) -> None:
-        self._session = session
-        self._ref = ref
-
-    @property
-    def ref(self) -> str:
-        return self._ref
-
-    @property
-    def state(self) -> Any:
-        """Its state, as the host keeps it: data for DSPy's modules and for classes that say their state themselves.
-
-        A pickle is returned as its bytes, which the host never loads. Read without a kernel.
-        """
-        known: InstanceState = self._session._state.instance(self._ref)
-        return known.state.read("state")
-
-    @property
-    def version(self) -> int:
-        """1 for a new instance, one more for each call that changed it."""
-        known: InstanceState = self._session._state.instance(self._ref)
-        return known.version
-
-    @property
-    def __bridge_tag__(self) -> Tag:
-        known: InstanceState = self._session._state.instance(self._ref)
-        return Ref(self._ref, known.cls)
-
-    def __dir__(self) -> list[str]:
-        known: InstanceState = self._session._state.instance(self._ref)
-        return sorted({*super().__dir__(), *known.methods})
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, InstanceBase) and other._ref == self._ref
-
-    def __hash__(self) -> int:
-        return hash(self._ref)
-
-    def __repr__(self) -> str:
-        known = self._session._state.instances.get(self._ref)
-        if known is None:
-            return f"<Instance {self._ref[:8]} (released)>"
-        recipe = [repr(value) for value in known.args.read("args")]
-        recipe += [f"{name}={value!r}" for name, value in known.kwargs.read("kwargs").items()]
-        kept = "recipe only" if known.adapter == "recipe" else f"{known.adapter} state"
-        return f"<Instance {known.cls}({', '.join(recipe)}) ref={self._ref[:8]} version={known.version} {kept}>"
-
-
-class AsyncInstance(InstanceBase):
-    """`await instance(…)` and `await instance.method(…)` run in a kernel, on the state that the host holds."""
-
-    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._session._call_method(self._ref, "__call__", args, kwargs)
-
-    async def call(
-        self, method: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any
-    ) -> Any:
-        """Call a method, with a deadline (seconds) and retries. Raises `Conflict` if it changed meanwhile."""
-        return await self._session._call_method(self._ref, method, args, kwargs, deadline, retries)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-
-        async def method(*args: Any, **kwargs: Any) -> Any:
-            return await self._session._call_method(self._ref, name, args, kwargs)
-
-        method.__name__ = name
-        return method
+def _names(secrets: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(secrets, str):
+        raise TypeError(f"secrets is a list of names: secrets=[{secrets!r}]")
+    return tuple(secrets)

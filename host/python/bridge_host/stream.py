@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import anyio
+import msgspec
 
-from bridge_kernel.contract.errors import BridgeError, Cancelled, HostClosed, InternalError
+from bridge_kernel.contract.errors import BridgeError, Cancelled, HostClosed, InternalError, ReplayDiverged
 
 from .values import ValueReader
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.methods import Chunk
     from bridge_kernel.contract.values import Tag
 
-    from .engine import Engine, Running
+    from .engine import Engine
+    from .running import Running
 
 __all__ = ("WINDOW", "AsyncStream")
 
@@ -39,6 +42,11 @@ class AsyncStream(Generic[T]):
         self._running: Running | None = None
         self._consumed = 0
         self._received = 0
+        self._digest = hashlib.blake2b(digest_size=16)  # of what was received
+        self._attempt = 0
+        self._before = 0  # chunks that had come before this attempt
+        self._again = 0  # those of them that have come again
+        self._digest_again = self._digest
         self._done = False
         self._error: BaseException | None = None
         self.result: Any = None
@@ -67,9 +75,15 @@ class AsyncStream(Generic[T]):
     def _on_chunk(self, chunk: Chunk, buffers: Sequence[Buffer]) -> None:
         if self._error is not None:
             return
+        if self._running is not None and self._running.attempt != self._attempt:
+            self._attempt, self._again, self._before = self._running.attempt, 0, self._received
+            self._digest_again = hashlib.blake2b(digest_size=16)
         try:
-            if chunk.seq != self._received or len(self._chunks) > WINDOW:
+            if self._repeats(chunk, buffers):
+                return
+            if chunk.seq != self._received or len(self._chunks) > 2 * WINDOW:
                 raise InternalError(f"chunk {chunk.seq} came where {self._received} was due")
+            _add(self._digest, chunk, buffers)
             value = ValueReader(buffers, self._hook).read(chunk.value, f"chunk[{chunk.seq}]")
         except BridgeError as exc:
             self._error = exc
@@ -78,6 +92,24 @@ class AsyncStream(Generic[T]):
         self._received += 1
         self._chunks.append(value)
         self._arrived.set()
+
+    def _repeats(self, chunk: Chunk, buffers: Sequence[Buffer]) -> bool:
+        """Whether an earlier attempt has sent this chunk already.
+
+        Raises:
+            ReplayDiverged: what was sent is not what is sent now.
+        """
+        if self._again >= self._before:
+            return False
+        if chunk.seq != self._again:
+            raise InternalError(f"chunk {chunk.seq} came where {self._again} was due")
+        _add(self._digest_again, chunk, buffers)
+        self._again += 1
+        if self._again == self._before and self._digest_again.digest() != self._digest.digest():
+            raise ReplayDiverged(f"the stream yielded other values when it ran again, among its first {self._before}")
+        if self._again <= self._consumed and self._again % (WINDOW // 2) == 0 and self._running is not None:
+            self._running.give_credit(WINDOW // 2)
+        return True
 
     async def __aiter__(self) -> AsyncIterator[T]:
         """Iterate; leaving the loop, however, stops the generator in the kernel."""
@@ -114,3 +146,9 @@ class AsyncStream(Generic[T]):
         if not self._done and self._error is None:
             self._error = Cancelled("the stream was closed")
         self._scope.cancel()
+
+
+def _add(digest: hashlib.blake2b, chunk: Chunk, buffers: Sequence[Buffer]) -> None:
+    digest.update(msgspec.json.encode(chunk.value))
+    for buffer in buffers:
+        digest.update(buffer)

@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
@@ -15,19 +15,25 @@ from bridge_kernel.contract.errors import BridgeError, HostClosed
 from bridge_kernel.contract.values import Ref
 
 from . import current
-from .engine import CURRENT
-from .host import AsyncHost
-from .session import AsyncInstance, AsyncSession, InstanceBase, SessionBase
+from .engine import RETRIES
+from .host import AsyncHost, HostOptions
+from .instance import AsyncInstance, InstanceBase, Instances
+from .running import CURRENT
+from .session import AsyncSession, SessionBase
+from .store import check_name
+from .values import store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from bridge_kernel.contract.methods import Inspected, Stats
     from bridge_kernel.contract.values import Tag
 
-    from .engine import Output
-    from .pool import KernelStatus
+    from .host import Journaled, Sessions
+    from .kernel import KernelStatus, PoolStatus
+    from .quarantine import Quarantine
+    from .recovery import Interrupted
     from .store import SessionState
     from .stream import AsyncStream
     from .telemetry import Telemetry
@@ -58,21 +64,14 @@ class Host:
     Its kernels end with `close()`, at the latest with this process.
     """
 
-    def __init__(
-        self,
-        kernels: int = 1,
-        *,
-        kernel_name: str = "bridge",
-        arguments: Sequence[str] = (),
-        env: Mapping[str, str] | None = None,
-        on_output: Callable[[Output], object] | None = None,
-    ) -> None:
-        """Start the kernels and wait until they are ready; the parameters are `AsyncHost`'s.
+    def __init__(self, kernels: int = 1, **options: Unpack[HostOptions]) -> None:
+        """Open the store, start the kernels and wait until they are ready; the parameters are those of `HostOptions`.
 
         Raises:
+            StoreLocked, StoreDamaged: the store cannot be opened.
             KernelStartFailed: and nothing is left behind.
         """
-        self._host = _SyncHost(kernels, kernel_name=kernel_name, arguments=arguments, env=env, on_output=on_output)
+        self._host = _SyncHost(kernels, **options)
         self._host.face = self
         stack = contextlib.ExitStack()
         self._portal: BlockingPortal = stack.enter_context(start_blocking_portal("asyncio", name="bridge-host"))
@@ -102,16 +101,75 @@ class Host:
     def telemetry(self) -> Telemetry:
         return self._host.telemetry
 
-    def session(self, id: str | None = None) -> Session:
-        """The session of that id, made if there is none; a new one without an id."""
-        return Session(self._host._sessions.open(id), self._host.engine, self)
+    def session(self, id: str | None = None, *, ttl: float | None = None) -> Session:
+        """The session of that id, made if there is none; a new one without an id. `ttl` becomes its time to live."""
+        self._require_open()
+        state = self._host._open_session(id, ttl)
+        if state.ttl is not None:
+            self._loop.call_soon_threadsafe(self._host._swept.set)
+        return Session(state, self._host.engine, self)
 
     def sessions(self) -> list[str]:
         return self._host.sessions()
 
+    def describe(self) -> Sessions:
+        """Each session's age, use, version and size, as a table to look at."""
+        return self._host.describe()
+
     def delete_session(self, id: str) -> None:
-        """Forget a session and all it owns. Raises `NotFound`."""
+        """Forget a session and all it owns: variables, instances, tools, functions, secrets, journal. Raises `NotFound`."""
         self._host.delete_session(id)
+
+    def export(self, path: str | os.PathLike[str], *sessions: str, history: bool = False) -> None:
+        """Write these sessions, or all, into one JSON file: all but tools, and secrets of which only the names."""
+        self._host.export(path, *sessions, history=history)
+
+    def import_(self, path: str | os.PathLike[str]) -> list[str]:
+        """Add the sessions of an exported file; their ids. Raises `StoreDamaged`, ValueError if one is there already."""
+        return self._host.import_(path)
+
+    def interrupted(self) -> list[Interrupted]:
+        """The commands that were running when the store was last closed, or its host died, oldest first."""
+        return self._host.interrupted()
+
+    def resume(
+        self,
+        id: str,
+        *,
+        replies: Mapping[str, Any] | None = None,
+        rerun: Collection[str] = (),
+        deadline: float | None = None,
+        retries: int = RETRIES,
+    ) -> Any:
+        """Run an interrupted command again, its tools' replies taken from the journal; its result.
+
+        Register the session's tools first. `replies` says what a call in doubt returned, by the call's id; `rerun`
+        names those to be made again. Raises `EffectInDoubt`, `NotFound`.
+        """
+
+        async def resume() -> Any:
+            return await self._host.resume(id, replies=replies, rerun=rerun, deadline=deadline, retries=retries)
+
+        return self._run(resume)
+
+    def drop(self, id: str) -> None:
+        """Forget an interrupted command; nothing that it wrote is kept. Raises `NotFound`."""
+        self._host.drop(id)
+
+    def journal(self, session: str | None = None) -> Journaled:
+        """The commands that ran, of one session or of all, the last 10,000 and those that run: a table to look at."""
+        return self._host.journal(session)
+
+    @property
+    def quarantine(self) -> Quarantine:
+        """The commands that ended every kernel they met, and are not run again until they are let out."""
+        return self._host.quarantine
+
+    @property
+    def pool(self) -> KernelPool:
+        """The kernels: `status()`, `scale(n)`, `drain(id)`, `restart(id)`."""
+        self._require_open()
+        return KernelPool(self)
 
     def kernels(self) -> list[KernelStatus]:
         """Each kernel: id, pid, state, commands in flight and completed."""
@@ -184,39 +242,84 @@ class Session(SessionBase):
         self._host = host
         self._async = AsyncSession(state, engine)
 
-    def call(self, name: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any) -> Any:
+    def set(self, name: str, value: Any, *, if_version: int | None = None) -> None:
+        """As `session[name] = value`; with `if_version` only if the variable is at that version, 0: not there.
+
+        Raises:
+            Conflict: it is not.
+        """
+        self._wait(self._state.set(name, store(value, check_name("variable", name)), if_version).number)
+
+    def call(
+        self,
+        name: str,
+        /,
+        *args: Any,
+        deadline: float | None = None,
+        retries: int = RETRIES,
+        idempotency_key: str | None = None,
+        secrets: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
         """Call one of the session's functions, or one importable in the kernel: `call("math.hypot", 3, 4)`.
 
-        `deadline` in seconds, callbacks included; `retries`: how often it may run again if its kernel dies.
+        `deadline` in seconds, callbacks included; `retries`: how often it runs again if its kernel dies, its tools
+        not called a second time; `idempotency_key`: however often it is called with the same key, it runs once and
+        the first result is given; `secrets` are the names of those that it gets.
 
         Raises:
             RemoteError: what the function raised, with the kernel's traceback.
-            DeadlineExceeded, KernelDied, NotSerializable, NotFound, PolicyDenied: as they say.
+            DeadlineExceeded, KernelDied, NotSerializable, NotFound, PolicyDenied, Quarantined, QueueFull,
+            ReplayDiverged, Conflict: as they say. Nothing that the command wrote is kept then.
         """
-        return self._host._run(self._async._call, name, args, kwargs, deadline, retries, CURRENT.get())
+        return self._host._run(
+            self._async._call, name, args, kwargs, deadline, retries, idempotency_key, secrets, CURRENT.get()
+        )
 
     def submit(
-        self, name: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any
+        self,
+        name: str,
+        /,
+        *args: Any,
+        deadline: float | None = None,
+        retries: int = RETRIES,
+        idempotency_key: str | None = None,
+        secrets: Sequence[str] = (),
+        **kwargs: Any,
     ) -> Future[Any]:
         """As `call`, without waiting: a `concurrent.futures.Future`, whose `cancel()` cancels it in the kernel."""
         self._host._require_open()
-        return self._host._start(self._async._call, name, args, kwargs, deadline, retries, CURRENT.get())
+        return self._host._start(
+            self._async._call, name, args, kwargs, deadline, retries, idempotency_key, secrets, CURRENT.get()
+        )
 
-    def stream(self, name: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> Stream:
+    def stream(
+        self,
+        name: str,
+        /,
+        *args: Any,
+        deadline: float | None = None,
+        retries: int = RETRIES,
+        secrets: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Stream:
         """Run a generator and iterate over what it yields. Leaving the loop early stops it."""
         run, parent = self._host._run, CURRENT.get()
 
         async def start() -> AsyncStream[Any]:
-            return self._async._stream(name, args, kwargs, deadline, parent)
+            return self._async._stream(name, args, kwargs, deadline, retries, secrets, parent)
 
         return Stream(run(start), run, self._host._loop)
 
-    def create(self, cls: str, /, *args: Any, deadline: float | None = None, **kwargs: Any) -> Instance:
+    def create(
+        self, cls: str, /, *args: Any, deadline: float | None = None, secrets: Sequence[str] = (), **kwargs: Any
+    ) -> Instance:
         """Make an object in a kernel and keep it here: as its recipe, and the state it has.
 
         Raises as `call` does; nothing is kept then.
         """
-        return Instance(self, self._host._run(self._async._create, cls, args, kwargs, deadline, CURRENT.get()))
+        run = self._host._run
+        return Instance(self, run(self._async._create, cls, args, kwargs, deadline, secrets, CURRENT.get()))
 
     def inspect(self, target: Any, /, *, deadline: float | None = None) -> Inspected:
         """Describe a dotted name, a function of the session's, or an instance: signature, documentation, members."""
@@ -224,32 +327,56 @@ class Session(SessionBase):
         return inspected
 
     def instance(self, ref: str) -> Instance:
-        """The instance of that ref. Raises `NotFound`."""
-        self._state.instance(ref)
-        return Instance(self, ref)
+        """The instance of that ref or name. Raises `NotFound`."""
+        return Instance(self, self._state.find_instance(ref).ref)
 
     @property
-    def instances(self) -> dict[str, Instance]:
-        """The session's instances by ref."""
-        return {ref: Instance(self, ref) for ref in list(self._state.instances)}
+    def instances(self) -> Instances[Instance]:
+        """The session's instances by name or ref, as a table to look at."""
+        return Instances(self._state, self.instance)
+
+    def copy(self, instance: Any, *, name: str = "") -> Instance:
+        """A new instance with the same recipe and state, from now on its own."""
+        return Instance(self, self._copy(instance, name))
 
 
 class Instance(InstanceBase):
     """`instance(…)` and `instance.method(…)` run in a kernel, on the state that the host holds."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call("__call__", args, kwargs, None, 0)
+        return self._call("__call__", args, kwargs)
 
-    def call(self, method: str, /, *args: Any, deadline: float | None = None, retries: int = 0, **kwargs: Any) -> Any:
-        """Call a method, with a deadline (seconds) and retries. Raises `Conflict` if it changed meanwhile."""
-        return self._call(method, args, kwargs, deadline, retries)
+    def call(
+        self,
+        method: str,
+        /,
+        *args: Any,
+        deadline: float | None = None,
+        retries: int = RETRIES,
+        idempotency_key: str | None = None,
+        secrets: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> Any:
+        """Call a method, with a deadline (seconds) and so on, as `session.call` has them.
+
+        Raises:
+            Conflict: another call changed the instance meanwhile; nothing of this one was kept.
+        """
+        return self._call(method, args, kwargs, deadline, retries, idempotency_key, secrets)
 
     def _call(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], deadline: float | None, retries: int
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        deadline: float | None = None,
+        retries: int = RETRIES,
+        key: str | None = None,
+        secrets: Sequence[str] = (),
     ) -> Any:
         session: Session = self._session
         return session._host._run(
-            session._async._call_method, self._ref, method, args, kwargs, deadline, retries, CURRENT.get()
+            session._async._call_method, self._ref, method, args, kwargs, deadline, retries, key, secrets, CURRENT.get()
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -257,10 +384,39 @@ class Instance(InstanceBase):
             raise AttributeError(name)
 
         def method(*args: Any, **kwargs: Any) -> Any:
-            return self._call(name, args, kwargs, None, 0)
+            return self._call(name, args, kwargs)
 
         method.__name__ = name
         return method
+
+
+class KernelPool:
+    """`host.pool`: the kernels of a host, to look at and to steer."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def status(self) -> PoolStatus:
+        """Each kernel, the queue, the routing: a table to look at."""
+        return self._host._host.pool.status()
+
+    def scale(self, kernels: int) -> None:
+        """Have so many kernels: starts some, and waits for them, or lets some finish and go."""
+        self._host._run(self._host._host.pool.scale, kernels)
+
+    def drain(self, kernel: str) -> None:
+        """Send a kernel nothing more, let it finish what it runs, end it; another takes its place. Raises `NotFound`."""
+        self._host._run(self._host._host.pool.drain, kernel)
+
+    def restart(self, kernel: str | None = None) -> None:
+        """End a kernel, or all, and start anew; what ran there runs again elsewhere."""
+        self._host._run(self._host._host.pool.restart, kernel)
+
+    def __repr__(self) -> str:
+        return repr(self.status())
+
+    def _repr_html_(self) -> str:
+        return self.status()._repr_html_()
 
 
 class Stream:

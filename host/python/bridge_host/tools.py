@@ -34,13 +34,16 @@ class _Schema(GenerateJsonSchema):
 class Tool:
     """A function of the host that kernels may call. Pass it as an argument and it arrives as a Python function."""
 
-    def __init__(self, function: Callable[..., Any], *, name: str = "", description: str = "") -> None:
-        """`name` and `description` default to the function's own.
+    def __init__(
+        self, function: Callable[..., Any], *, name: str = "", description: str = "", idempotent: bool = False
+    ) -> None:
+        """`name` and `description` default to the function's own. `idempotent`: to run it twice does no harm.
 
         Raises:
             TypeError: the function takes *args, which a schema cannot describe, or its hints make no schema.
         """
         self.function = function
+        self.idempotent = idempotent
         self.name = name or getattr(function, "__name__", type(function).__name__)
         parsed = docstring_parser.parse(inspect.getdoc(function) or "")
         summary = "\n\n".join(filter(None, (parsed.short_description, parsed.long_description)))

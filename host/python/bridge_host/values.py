@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Stored", "ValueReader", "ValueWriter", "store", "store_tree")
 
+_decode: Final = msgspec.json.Decoder().decode
+
 
 def _as_tag(value: object) -> Tag | None:
     # Looked up on the class: an instance's proxy answers to any name.
@@ -26,8 +28,10 @@ def _as_tag(value: object) -> Tag | None:
 class ValueWriter:
     """Writes the values of one message; their buffers accumulate."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: Sequence[Buffer] = ()) -> None:
+        """`buffers` are those of values that were written before and are in the message too."""
         self._encoder = Encoder(default=_as_tag)
+        self._encoder.buffers.extend(buffers)
 
     @property
     def buffers(self) -> Sequence[Buffer]:
@@ -61,24 +65,31 @@ class Stored(msgspec.Struct, frozen=True):
     json: msgspec.Raw
     buffers: tuple[bytes, ...]
     type: str
+    plain: bool = False
+    """Whether the JSON stands for itself, with nothing tagged in it."""
+
+    @classmethod
+    def of(cls, json: bytes, buffers: tuple[bytes, ...], type: str) -> Stored:
+        return cls(msgspec.Raw(json), buffers, type, not buffers and b'"$bridge"' not in json)
 
     @property
     def size(self) -> int:
         return len(self.json) + sum(map(len, self.buffers))
 
     def tree(self) -> Any:
-        return msgspec.json.decode(self.json)
+        return _decode(self.json)
 
     def read(self, root: str, hook: Callable[[Tag], object] | None = None) -> Any:
         """The value, made anew: changing it changes nothing here."""
-        return ValueReader(self.buffers, hook).read(self.tree(), root)
+        tree = _decode(self.json)
+        return tree if self.plain else ValueReader(self.buffers, hook).read(tree, root)
 
 
 def store(value: Any, root: str) -> Stored:
     """Put a value of the host's at rest. Raises `NotSerializable`."""
     writer = ValueWriter()
     tree = writer.write(value, root)
-    return Stored(msgspec.Raw(msgspec.json.encode(tree)), tuple(map(bytes, writer.buffers)), type(value).__name__)
+    return Stored.of(msgspec.json.encode(tree), tuple(map(bytes, writer.buffers)), type(value).__name__)
 
 
 def store_tree(tree: Any, buffers: Sequence[Buffer], root: str) -> Stored:

@@ -10,7 +10,7 @@ from ..contract.errors import InvalidParams, NotFound, PolicyDenied
 from ..contract.methods import InstanceCalled, InstanceCreated
 from ..contract.values import Ref
 from ..state import construct, dump, rebuild
-from ..values import ValueWriter
+from ..values import ValueReader, ValueWriter
 from .functions import call_with_context, with_lm
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ("call", "create")
 
 def create(command: RunningCommand, params: InstanceCreate) -> Answer:
     with command.recorder.span(("bridge", "instance"), {"action": "create", "class": params.record.cls}):
-        obj = construct(command, params.record, command.buffers)
+        obj = construct(params.record, ValueReader(command, command.buffers), command.runtime.policy)
         writer = ValueWriter()
         state = dump(obj, command.runtime.policy).write(writer)
     methods = [name for name in dir(type(obj)) if not name.startswith("_") and callable(getattr(type(obj), name, None))]
@@ -33,9 +33,8 @@ def create(command: RunningCommand, params: InstanceCreate) -> Answer:
 
 
 def call(command: RunningCommand, params: InstanceCall) -> Answer | Coroutine[Any, Any, Answer]:
-    with command.recorder.span(("bridge", "instance"), {"action": "rebuild", "class": params.record.cls}):
-        obj = rebuild(command, params.record, command.buffers)
-        before = dump(obj, command.runtime.policy)
+    obj = rebuild(command, params.record, command.buffers)
+    before = dump(obj, command.runtime.policy)
     result = call_with_context(command, _method(obj, params), params, params.lm)
     if inspect.iscoroutine(result):
         return _await(command, params, obj, before, result)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..command import Answer
 from ..contract.methods import Discovered, Stats
+from ..memory import resident_bytes
 
 if TYPE_CHECKING:
     from ..command import RunningCommand
@@ -18,20 +19,18 @@ __all__ = ("discover", "stats")
 
 
 def stats(command: RunningCommand, params: Command) -> Answer:
-    import psutil  # here: a kernel that is never asked starts without it
-
     runtime = command.runtime
-    process = psutil.Process(os.getpid())
-    times = process.cpu_times()
+    times = os.times()
     return Answer(
         Stats(
             uptime=time.time() - runtime.identity.started,
-            rss=process.memory_info().rss,
+            rss=resident_bytes(),
             cpu=times.user + times.system,
             threads=threading.active_count(),
             commands=runtime.counts,
             dropped=dict(runtime.dropped),
             sources=len(runtime.sources),
+            cache=runtime.cache.counts,
             connections=runtime.connections,
         )
     )

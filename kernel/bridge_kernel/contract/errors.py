@@ -14,15 +14,18 @@ import msgspec
 
 if TYPE_CHECKING:
     import builtins
+    from collections.abc import Iterable
     from types import TracebackType
 
 __all__ = (
     "ERRORS",
     "BridgeError",
     "Cancelled",
+    "CircuitOpen",
     "Conflict",
     "DeadlineExceeded",
     "Draining",
+    "EffectInDoubt",
     "ErrorData",
     "ErrorObject",
     "Frame",
@@ -31,6 +34,7 @@ __all__ = (
     "InvalidArguments",
     "InvalidParams",
     "InvalidRequest",
+    "InvalidValue",
     "KernelDied",
     "KernelStartFailed",
     "LimitExceeded",
@@ -43,12 +47,19 @@ __all__ = (
     "ParseError",
     "PolicyDenied",
     "ProtocolMismatch",
+    "Quarantined",
+    "QueueFull",
+    "QuotaExceeded",
     "RemoteError",
+    "ReplayDiverged",
+    "SecretUnreadable",
     "SourceMissing",
+    "StoreDamaged",
+    "StoreFailed",
+    "StoreLocked",
     "ToolError",
     "error_object",
     "exception_from",
-    "redacted",
     "type_of",
     "without_secrets",
 )
@@ -274,12 +285,28 @@ class LimitExceeded(BridgeError):
     default_remedy = "Send less at once, or raise the limit in the kernel's policy."
 
 
+class InvalidValue(BridgeError, ValueError):
+    """A value does not fit the type that its variable was defined with; nothing was written."""
+
+    code = -32015
+    summary = "The value does not fit the variable's type."
+    default_remedy = "Compare it with the type: session.variables[name].schema."
+
+
+class QuotaExceeded(BridgeError):
+    """A write would take a session past its quota; nothing was written."""
+
+    code = -32016
+    summary = "A quota of the session is used up."
+    default_remedy = "Delete what is not needed, or open the host with a larger quota: Host(quota=Quota(…))."
+
+
 class KernelDied(BridgeError):
-    """The kernel process ended with this command in flight. The session is intact: the host owns it."""
+    """The kernel was lost with this command in flight, on every attempt. The session is intact: the host owns it."""
 
     code = -32020
     summary = "The kernel died while the command ran."
-    default_remedy = "Call it again: a new kernel has taken its place. Or let the host do so: retries=2."
+    default_remedy = "Call it again: a new kernel has taken its place. Or let the host try more often: retries=5."
     retryable = True
 
 
@@ -301,6 +328,83 @@ class HostClosed(BridgeError):
     default_remedy = "Open another: with Host() as host: …"
 
 
+class StoreLocked(BridgeError):
+    """Another process owns the store: one host a file at a time."""
+
+    code = -32024
+    summary = "Another host has the store open."
+    default_remedy = "Close that host, or open another file."
+
+
+class StoreDamaged(BridgeError):
+    """The file is no store of Bridge's, is damaged, or is of a newer format. It was not changed."""
+
+    code = -32025
+    summary = "The store cannot be read."
+    default_remedy = "Restore it from a copy or an export; the file was left as it is."
+
+
+class StoreFailed(BridgeError):
+    """A write could not be put on disk. What was acknowledged before is safe; from here on nothing is written."""
+
+    code = -32026
+    summary = "The store could not be written."
+    default_remedy = "See to the disk (space, permissions), then open the host anew."
+
+
+class ReplayDiverged(BridgeError):
+    """A command that ran again asked for something else than the first time, after a tool's effect had happened."""
+
+    code = -32027
+    summary = "The command did something else when it ran again."
+    default_remedy = (
+        "Make it repeatable (no clock, no chance before its tools are called), or mark the tool: "
+        "@session.tool(idempotent=True)."
+    )
+
+
+class Quarantined(BridgeError):
+    """The command ended every kernel that it met, the last one with nothing else running on it."""
+
+    code = -32028
+    summary = "The command kills the kernels it runs on, and is not run again."
+    default_remedy = "Mend it, then let it out: host.quarantine.release(name)."
+
+
+class QueueFull(BridgeError):
+    """The command was not taken: so many wait already. `message` says how long the wait would be."""
+
+    code = -32029
+    summary = "Too many commands wait for a kernel."
+    default_remedy = "Send fewer at once, or add kernels: host.pool.scale(n)."
+    retryable = True
+
+
+class CircuitOpen(BridgeError):
+    """The command has failed its kernels so often in a row that it is held back for a while."""
+
+    code = -32030
+    summary = "The command is held back, for it keeps failing its kernels."
+    default_remedy = "Wait as long as the message says, or mend what makes it hang."
+    retryable = True
+
+
+class EffectInDoubt(BridgeError):
+    """The host ended while a tool ran: nobody knows whether its effect happened."""
+
+    code = -32031
+    summary = "Whether a tool's effect happened is not known."
+    default_remedy = "Look, then say so: host.resume(id, replies={call: result}) or host.resume(id, rerun=[call])."
+
+
+class SecretUnreadable(BridgeError):
+    """A secret is in the store, but the key that it was sealed with is not at hand."""
+
+    code = -32032
+    summary = "A secret cannot be unsealed."
+    default_remedy = "Put the key back where it was, or set the secret anew: session.secrets[name] = …"
+
+
 def _subclasses(cls: builtins.type[BridgeError]) -> dict[int, builtins.type[BridgeError]]:
     return {sub.code: sub for sub in cls.__subclasses__()}
 
@@ -309,9 +413,10 @@ ERRORS: Final[dict[int, builtins.type[BridgeError]]] = dict(sorted(_subclasses(B
 """Every error by its code: the table that the OpenRPC document and docs/protocol.md are made from."""
 
 
-def _clip(text: object) -> str:
+def _clip(text: object, secrets: tuple[str, ...] = ()) -> str:
     # Plain text that UTF-8 can carry, whatever it was: an error that cannot be sent would never be answered.
-    text = str(text).encode("utf-8", "backslashreplace").decode()
+    # Redacted first: half of a secret that is cut is no secret that could be found.
+    text = without_secrets(str(text), secrets).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT} more characters)"
 
 
@@ -325,11 +430,11 @@ def type_of(exc: BaseException) -> str:
     return exc.type if isinstance(exc, BridgeError) else qualified_name(type(exc))
 
 
-def frames_of(tb: TracebackType | None, *, hidden: str = "") -> tuple[Frame, ...]:
+def frames_of(tb: TracebackType | None, *, hidden: str = "", secrets: tuple[str, ...] = ()) -> tuple[Frame, ...]:
     """The frames of a traceback, outermost first, without the leading ones whose file starts with `hidden`."""
     # lookup_lines is left on: source that the kernel was sent is in linecache only while it is kept compiled.
     summary = traceback.extract_tb(tb)
-    frames = [Frame(_clip(f.filename), f.lineno or 0, _clip(f.name), _clip((f.line or "").strip())) for f in summary]
+    frames = [Frame(f.filename, f.lineno or 0, f.name, (f.line or "").strip()) for f in summary]
     start = 0
     while hidden and start < len(frames) and frames[start].file.startswith(hidden):
         start += 1
@@ -338,7 +443,13 @@ def frames_of(tb: TracebackType | None, *, hidden: str = "") -> tuple[Frame, ...
         half = MAX_FRAMES // 2
         cut = Frame("…", 0, f"({len(frames) - MAX_FRAMES} frames left out)")
         frames = [*frames[:half], cut, *frames[-half:]]
-    return tuple(frames)
+    return _clipped(frames, secrets)
+
+
+def _clipped(frames: Iterable[Frame], secrets: tuple[str, ...]) -> tuple[Frame, ...]:
+    return tuple(
+        Frame(_clip(f.file, secrets), f.line, _clip(f.function, secrets), _clip(f.code, secrets)) for f in frames
+    )
 
 
 def _message_of(exc: BaseException) -> str:
@@ -349,21 +460,27 @@ def _message_of(exc: BaseException) -> str:
 
 
 def error_object(
-    exc: BaseException, *, wrap: builtins.type[BridgeError] = RemoteError, hidden: str = ""
+    exc: BaseException,
+    *,
+    wrap: builtins.type[BridgeError] = RemoteError,
+    hidden: str = "",
+    secrets: tuple[str, ...] = (),
 ) -> ErrorObject:
-    """The wire form of an exception.
+    """The wire form of an exception, `secrets` starred out: a provider that refuses a key likes to repeat it.
 
     A `BridgeError` keeps its code; any other exception becomes a `wrap`: `RemoteError` where the kernel
     reports what code raised, `ToolError` where the host reports what a tool raised.
     """
     if isinstance(exc, BridgeError):
-        own = frames_of(exc.__traceback__, hidden=hidden) if isinstance(exc, RemoteError | ToolError) else ()
-        data = ErrorData(
-            _clip(exc.type), _clip(exc.message), (own + exc.frames)[-MAX_FRAMES:], exc.retryable, _clip(exc.remedy)
-        )
-        return ErrorObject(exc.code, _clip(_message_of(exc)), data)
-    name, message = _clip(qualified_name(type(exc))), _clip(_message_of(exc))
-    frames = frames_of(exc.__traceback__, hidden=hidden)
+        own: tuple[Frame, ...] = ()
+        if isinstance(exc, RemoteError | ToolError):
+            own = frames_of(exc.__traceback__, hidden=hidden, secrets=secrets)
+        frames = (own + _clipped(exc.frames, secrets))[-MAX_FRAMES:]
+        message, remedy = _clip(exc.message, secrets), _clip(exc.remedy, secrets)
+        data = ErrorData(_clip(exc.type, secrets), message, frames, exc.retryable, remedy)
+        return ErrorObject(exc.code, _clip(_message_of(exc), secrets), data)
+    name, message = _clip(qualified_name(type(exc)), secrets), _clip(_message_of(exc), secrets)
+    frames = frames_of(exc.__traceback__, hidden=hidden, secrets=secrets)
     text = f"{name}: {message}" if message else name
     return ErrorObject(wrap.code, text, ErrorData(name, message, frames, remedy=wrap.default_remedy))
 
@@ -373,21 +490,6 @@ def without_secrets(text: str, secrets: tuple[str, ...]) -> str:
     for secret in secrets:
         text = text.replace(secret, "***")
     return text
-
-
-def redacted(error: ErrorObject, secrets: tuple[str, ...]) -> ErrorObject:
-    """The same error without secrets: a provider that refuses a key likes to repeat it."""
-    if not secrets:
-        return error
-
-    def clean(text: str) -> str:
-        return without_secrets(text, secrets)
-
-    data = error.data
-    if data is not None:
-        frames = tuple(Frame(clean(f.file), f.line, clean(f.function), clean(f.code)) for f in data.traceback)
-        data = ErrorData(clean(data.type), clean(data.message), frames, data.retryable, clean(data.remedy))
-    return ErrorObject(error.code, clean(error.message), data)
 
 
 def exception_from(error: ErrorObject) -> BridgeError:

@@ -36,6 +36,7 @@ Traceparent = Annotated[
     ),
 ]
 Bytes = Annotated[int, msgspec.Meta(ge=0, description="A size in bytes.")]
+Version = Annotated[int, msgspec.Meta(ge=0, description="How often a variable was written.")]
 Credit = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, description="How many more chunks may be sent.")]
 
 
@@ -77,12 +78,20 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     deadline: Milliseconds | None = None
     attempt: Annotated[int, msgspec.Meta(ge=1)] = 1
     traceparent: Traceparent | None = None
+    secrets: dict[str, str] = {}
+    """The session's secrets that this command names, and nothing else: kept nowhere, redacted everywhere."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(session={self.session!r}, attempt={self.attempt}, …)"
 
 
 class Callback(msgspec.Struct, frozen=True, kw_only=True):
     """What every callback carries: the command that it belongs to; None for a cell of `execute_request`."""
 
     command: int | str | None
+    seq: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Its place among the callbacks of the command's own flow, which a second attempt repeats in this order;
+    None from other threads and tasks that the command started, whose order is nobody's promise."""
 
 
 class Nothing(msgspec.Struct, frozen=True):
@@ -266,7 +275,8 @@ class Inspected(msgspec.Struct, frozen=True, kw_only=True):
 
 class Pong(msgspec.Struct, frozen=True):
     kernel: str
-    busy: Annotated[int, msgspec.Meta(description="Commands running now, this one not counted.")]
+    busy: Annotated[int, msgspec.Meta(description="Commands running now.")]
+    rss: Bytes = 0
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -280,6 +290,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """Messages dropped since the start, by reason: malformed, unknown, late, failed."""
     sources: int
     connections: int
+    cache: dict[str, int] = {}
+    """Instances rebuilt from what was kept of them: hits and misses since the start, entries and bytes kept now."""
 
 
 class Drained(msgspec.Struct, frozen=True):
@@ -322,8 +334,11 @@ class VariableValues(msgspec.Struct, frozen=True):
 
 
 class SessionSet(Callback, frozen=True, kw_only=True):
+    """`if_version`: only if the variable is still at that version; 0 if there must be none."""
+
     name: str
     value: Value
+    if_version: Version | None = None
 
 
 class Versioned(msgspec.Struct, frozen=True):
@@ -332,6 +347,7 @@ class Versioned(msgspec.Struct, frozen=True):
 
 class SessionDelete(Callback, frozen=True, kw_only=True):
     name: str
+    if_version: Version | None = None
 
 
 class SessionList(Callback, frozen=True, kw_only=True):
@@ -442,7 +458,13 @@ METHODS: Final[tuple[Method, ...]] = (
         Inspected,
         (*_RUN, errors.SourceMissing),
     ),
-    Method("kernel.ping", "host", "Answer at once, however busy.", Command, Pong),
+    Method(
+        "kernel.ping",
+        "host",
+        "Answer at once, however busy: the heartbeat. It is no work, and emits no telemetry.",
+        Command,
+        Pong,
+    ),
     Method("kernel.stats", "host", "What the kernel uses and has done.", Command, Stats),
     Method("kernel.drain", "host", "Take no more commands; answer when those running have ended.", Command, Drained),
     Method("rpc.discover", "host", "This document.", Command, Discovered),
@@ -467,12 +489,19 @@ METHODS: Final[tuple[Method, ...]] = (
     Method(
         "session.set",
         "kernel",
-        "Write a variable of the command's session.",
+        "Write a variable of the command's session: seen by this command at once, by others when it has succeeded.",
         SessionSet,
         Versioned,
-        (errors.MalformedValue,),
+        (errors.MalformedValue, errors.InvalidValue, errors.QuotaExceeded, errors.Conflict),
     ),
-    Method("session.delete", "kernel", "Delete a variable.", SessionDelete, Nothing, (errors.NotFound,)),
+    Method(
+        "session.delete",
+        "kernel",
+        "Delete a variable: as with session.set, others see it when the command has succeeded.",
+        SessionDelete,
+        Nothing,
+        (errors.NotFound, errors.Conflict),
+    ),
     Method("session.list", "kernel", "Name the variables there are.", SessionList, Variables),
     Method("instance.fetch", "kernel", "The record of an instance.", InstanceFetch, InstanceRecord, (errors.NotFound,)),
     Method(

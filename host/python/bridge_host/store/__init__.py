@@ -1,0 +1,23 @@
+"""What a host owns on behalf of its users, in memory and, if it is asked for, on disk. Kernels never hold any of it."""
+
+from .log import Log, MemoryLog
+from .model import Change, Commit, Quota, SessionInfo, Variable, Write, check_name
+from .staged import Staged
+from .state import SessionState
+from .store import Store, Unfinished
+
+__all__ = (
+    "Change",
+    "Commit",
+    "Log",
+    "MemoryLog",
+    "Quota",
+    "SessionInfo",
+    "SessionState",
+    "Staged",
+    "Store",
+    "Unfinished",
+    "Variable",
+    "Write",
+    "check_name",
+)

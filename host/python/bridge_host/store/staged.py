@@ -1,0 +1,78 @@
+"""`Staged`: what one attempt at a command has written, seen by that command alone until it succeeds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bridge_kernel.contract.errors import Conflict, NotFound
+from bridge_kernel.contract.methods import VariableInfo
+
+from .model import Variable, Write, check_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..values import Stored
+    from .state import SessionState
+
+__all__ = ("Staged",)
+
+
+class Staged:
+    """A view of a session with this attempt's own writes over it. Belongs to one event loop."""
+
+    def __init__(self, state: SessionState) -> None:
+        self._state = state
+        self._versions: dict[str, int] = {}
+        self.writes: dict[str, Write] = {}
+
+    def get(self, name: str) -> Variable:
+        """Raises `NotFound`."""
+        write = self.writes.get(name)
+        if write is None:
+            return self._state.get(name)
+        if write.value is None:
+            raise NotFound(f"variable {name!r} was deleted by this command")
+        return Variable(write.value, self._versions[name])
+
+    def get_many(self, names: Sequence[str]) -> dict[str, Variable]:
+        """Those that exist."""
+        found = self._state.get_many([name for name in names if name not in self.writes])
+        own = {n: self.get(n) for n in names if (w := self.writes.get(n)) is not None and w.value is not None}
+        return {name: v for name in names if (v := own.get(name) or found.get(name)) is not None}
+
+    def variables(self) -> tuple[VariableInfo, ...]:
+        there = {info.name: info for info in self._state.variables() if info.name not in self.writes}
+        for name, write in self.writes.items():
+            if write.value is not None:
+                there[name] = VariableInfo(name, self._versions[name], write.value.type, write.value.size)
+        return tuple(info for _, info in sorted(there.items()))
+
+    def set(self, name: str, value: Stored, if_version: int | None = None) -> int:
+        """The version that it becomes if nobody else writes it first.
+
+        Raises:
+            InvalidValue, QuotaExceeded, Conflict: at once, and again at the commit for what changed meanwhile.
+        """
+        check_name("variable", name)
+        self._state.check(name, value)
+        self._state.check_quota(value, name)
+        return self._stage(name, value, if_version)
+
+    def delete(self, name: str, if_version: int | None = None) -> None:
+        """Raises `NotFound`, `Conflict`."""
+        self.get(name)
+        self._stage(name, None, if_version)
+
+    def _stage(self, name: str, value: Stored | None, if_version: int | None) -> int:
+        earlier = self.writes.get(name)
+        if earlier is None:
+            self._state.check_version(name, if_version)
+            self._versions[name] = self._state.version_of(name) + 1
+            self.writes[name] = Write(value, if_version)
+        else:
+            at = self._versions[name] if earlier.value is not None else 0
+            if if_version is not None and if_version != at:
+                raise Conflict(f"this command itself has written variable {name!r}: it is at version {at}")
+            self.writes[name] = Write(value, earlier.if_version)
+        return self._versions[name]

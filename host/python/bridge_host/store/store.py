@@ -1,0 +1,246 @@
+"""`Store`: the sessions of one host. Memory is the truth that is read; the log is what survives."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from bridge_kernel.contract.errors import NotFound, QuotaExceeded, StoreDamaged
+
+from .facts import (
+    CallbackAnswered,
+    CallbackMade,
+    CommandBegun,
+    CommandEnded,
+    CommandForgotten,
+    CommandTried,
+    SessionPut,
+)
+from .log import MemoryLog
+from .model import Quota, check_name
+from .state import SessionState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from .facts import Fact
+    from .log import Log
+    from .model import Change
+    from .vault import Vault
+
+__all__ = ("Store", "Unfinished")
+
+
+class Unfinished:
+    """A command that the log knows to have begun and not to have ended, with what it had called back."""
+
+    def __init__(self, begun: CommandBegun) -> None:
+        self.begun = begun
+        self.attempt = 1
+        self.made: list[CallbackMade] = []
+        self.answered: dict[int, bytes] = {}
+
+
+class Store:
+    """Thread-safe. `log` belongs to the store, and is closed with it."""
+
+    def __init__(
+        self,
+        log: Log | None = None,
+        vault: Vault | None = None,
+        *,
+        quota: Quota | None = None,
+        ttl: float | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Read what the log holds. `ttl` is what new sessions get, in seconds; `clock` gives seconds since the epoch.
+
+        Raises:
+            StoreDamaged: what the log holds makes no sessions.
+        """
+        if vault is None:
+            from .vault import Vault
+
+            vault = Vault.in_memory()
+        if ttl is not None and not ttl > 0:
+            raise ValueError(f"ttl is how many seconds a session may be unused, more than 0, not {ttl!r}")
+        self.log: Log = log if log is not None else MemoryLog()
+        self.vault = vault
+        self.quota = quota or Quota()
+        self.clock = clock
+        self.on_change: Callable[[int, list[Change]], object] | None = None
+        self.unfinished: dict[str, Unfinished] = {}
+        """Commands that were running when the log was last closed, or its host died."""
+        self.finished: dict[tuple[str, str], tuple[CommandBegun, CommandEnded]] = {}
+        """By session and idempotency key: what a command was, and what came of it."""
+        self._ttl = ttl
+        self._sessions: dict[str, SessionState] = {}
+        self._lock = threading.Lock()
+        # Hundreds of thousands of objects that all stay: to look for garbage among them is a third of the time.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            for fact in self.log.load():
+                self._load(fact)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _load(self, fact: Fact) -> None:
+        match fact:
+            case SessionPut():
+                self._sessions[fact.id] = self._make(fact)
+            case CommandBegun():
+                self.unfinished[fact.id] = Unfinished(fact)
+            case CommandTried():
+                self.unfinished[fact.id].attempt = fact.attempt
+            case CallbackMade():
+                self.unfinished[fact.command].made.append(fact)
+            case CallbackAnswered():
+                self.unfinished[fact.command].answered[fact.n] = fact.reply
+            case CommandEnded():
+                begun = self.unfinished.pop(fact.id).begun
+                if begun.key is not None and fact.error is None:
+                    self.finished[begun.session, begun.key] = (begun, fact)
+                    self._sessions[begun.session].bytes += len(fact.result or b"")
+            case _:
+                session = getattr(fact, "session", None)
+                if session not in self._sessions:
+                    raise StoreDamaged(f"a {type(fact).__name__} is of session {session!r}, which is not there")
+                try:
+                    self._sessions[session].apply(fact)
+                except (ValueError, KeyError) as exc:
+                    raise StoreDamaged(f"a {type(fact).__name__} of session {session!r} makes no sense: {exc}") from exc
+
+    def _make(self, put: SessionPut) -> SessionState:
+        state = SessionState(put, self.log, self.quota, self.clock)
+        state.on_change = self._changed
+        return state
+
+    def _changed(self, number: int, changes: list[Change]) -> None:
+        if self.on_change is not None:
+            self.on_change(number, changes)
+
+    # -- sessions ----------------------------------------------------------------
+
+    def open(self, id: str | None = None, *, ttl: float | None = None) -> tuple[SessionState, int]:
+        """The session of that id, made if there is none, a new one if no id is given; and what to wait for.
+
+        `ttl`, if given, becomes its time to live. Raises `QuotaExceeded` if there are too many sessions.
+        """
+        id = check_name("session", id) if id is not None else f"session-{uuid.uuid4().hex[:12]}"
+        if ttl is not None and not ttl > 0:
+            raise ValueError(f"a time to live is how many seconds there are, more than 0, not {ttl!r}")
+        with self._lock:
+            state = self._sessions.get(id)
+            number = 0
+            if state is not None and self._expired(state, self.clock()):
+                self._forget(state, "has expired")
+                state = None
+            if state is None:
+                self._check_room(1)
+                now = self.clock()
+                put = SessionPut(id, now, now, ttl if ttl is not None else self._ttl, 0, None)
+                number = self.log.append([put])
+                state = self._sessions[id] = self._make(put)
+                return state, number
+        if ttl is not None and ttl != state.ttl:
+            number = state.set_ttl(ttl)
+        state.touch()
+        return state, number
+
+    def peek(self, id: str) -> SessionState:
+        """The session of that id, if there is one. Raises `NotFound`."""
+        with self._lock:
+            state = self._sessions.get(id)
+        if state is None:
+            raise NotFound(f"there is no session {id!r}")
+        return state
+
+    def delete(self, id: str) -> int:
+        """Forget a session and all it owns, its journal included. Raises `NotFound`."""
+        with self._lock:
+            state = self._sessions.pop(id, None)
+            if state is None:
+                raise NotFound(f"there is no session {id!r}")
+            return self._forget(state, "was deleted")
+
+    def _forget(self, state: SessionState, why: str) -> int:
+        self.unfinished = {k: u for k, u in self.unfinished.items() if u.begun.session != state.id}
+        self.finished = {k: f for k, f in self.finished.items() if k[0] != state.id}
+        return state.forget(why)
+
+    def _expired(self, state: SessionState, now: float) -> bool:
+        return state.expires is not None and not state.busy and now >= state.expires
+
+    def sweep(self) -> tuple[list[str], float | None]:
+        """Forget the sessions that have expired: their ids, and when the next will, in seconds since the epoch."""
+        now = self.clock()
+        with self._lock:
+            gone = [state for state in self._sessions.values() if self._expired(state, now)]
+            for state in gone:
+                del self._sessions[state.id]
+                self._forget(state, "has expired")
+            ends = [s.expires for s in self._sessions.values() if s.expires is not None]
+        return [state.id for state in gone], min(ends, default=None)
+
+    def take(self, batches: Sequence[Sequence[Fact]]) -> list[str]:
+        """Add sessions made elsewhere, each as one commit; their ids.
+
+        Raises:
+            ValueError: there is one of that id already. Nothing is added then.
+            QuotaExceeded: one holds too much, or there would be too many.
+        """
+        made: list[SessionState] = []
+        with self._lock:
+            for batch in batches:
+                put = batch[0]
+                assert isinstance(put, SessionPut)
+                if put.id in self._sessions or put.id in {state.id for state in made}:
+                    raise ValueError(f"there is a session {put.id!r} already: delete it first")
+                state = self._make(put)
+                for fact in batch[1:]:
+                    state.apply(fact)
+                state.check_size()
+                made.append(state)
+            self._check_room(len(made))
+            number = 0
+            for batch, state in zip(batches, made, strict=True):
+                number = self.log.append(batch)
+                self._sessions[state.id] = state
+        self.log.wait(number)
+        return [state.id for state in made]
+
+    def _check_room(self, more: int) -> None:
+        if len(self._sessions) + more > self.quota.sessions:
+            raise QuotaExceeded(
+                f"the host has {len(self._sessions)} sessions, as many as it may",
+                remedy="Delete some, give them a time to live, or open the host with Quota(sessions=…).",
+            )
+
+    def forget_keys(self, before: float) -> None:
+        """Forget the results of commands with an idempotency key that ended before that time."""
+        with self._lock:
+            old = [(key, *done) for key, done in self.finished.items() if done[1].ended < before]
+            if old:
+                self.log.append([CommandForgotten(begun.id) for _, begun, _ in old])
+            for key, begun, ended in old:
+                del self.finished[key]
+                self._sessions[begun.session].bytes -= len(ended.result or b"")
+
+    def __iter__(self) -> Iterator[str]:
+        with self._lock:
+            return iter(sorted(self._sessions))
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def close(self) -> None:
+        """Everything is on disk, and the file is free."""
+        for state in list(self._sessions.values()):
+            if state.ttl is not None:
+                state.save_use()
+        self.log.close()

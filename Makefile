@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test chaos lint format bench clean
 .DEFAULT_GOAL := demo
 
 setup: .venv/.installed
@@ -26,6 +26,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The chaos test of `make test`, for longer: make chaos SECONDS=600
+chaos: setup
+	BRIDGE_CHAOS_SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest tests/test_chaos.py -s
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -26,15 +26,15 @@ from rich.console import Console
 from rich.table import Table
 
 from bridge_host import AsyncHost
-from bridge_host.dispatch import Dispatcher
-from bridge_host.options import PoolOptions
-from bridge_host.routing import Ask, routing_named
+from bridge_host.pool.dispatch import Dispatcher
+from bridge_host.pool.options import PoolOptions
+from bridge_host.pool.routing import Ask, routing_named
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from bridge_host import AsyncSession, Event
-    from bridge_host.routing import Chosen
+    from bridge_host.pool.routing import Chosen
 
 __all__ = ("main", "measure_places", "measure_recovery", "measure_routing", "measure_scaling")
 

@@ -453,6 +453,24 @@ def test_a_command_that_failed_with_a_key_runs_anew(session: Session) -> None:
     assert session.call("f", idempotency_key="k") == "done"
 
 
+def test_a_command_with_a_key_that_lost_its_kernels_goes_on_where_it_was(session: Session) -> None:
+    paid: list[int] = []
+
+    @session.tool
+    def pay() -> int:
+        paid.append(1)
+        return len(paid)
+
+    with_die(session, "f", "def f(ctx):\n    number = ctx.call_tool('pay')\n    die(ctx, 2)\n    return number\n")
+    for _ in range(2):
+        with pytest.raises(KernelDied):
+            session.call("f", idempotency_key="k", retries=0)
+    assert [c.subject for c in session._engine.recovery.interrupted() if c.session == session.id] == ["f"]
+    assert session.call("f", idempotency_key="k", retries=0) == 1
+    assert paid == [1]
+    assert not [c for c in session._engine.recovery.interrupted() if c.session == session.id]
+
+
 def test_a_tool_knows_the_call_it_runs_for(session: Session) -> None:
     calls: list[Any] = []
 
@@ -496,6 +514,7 @@ def stuck() -> None:
 session["price"] = 21
 session.function("order", '''
 def order(ctx, last):
+    SOURCE
     total = ctx.call_tool("pay", amount=ctx["price"])
     ctx["total"] = total
     return total + ctx.call_tool(last)
@@ -504,10 +523,10 @@ session.call("order", sys.argv[2], idempotency_key=sys.argv[3] or None)
 """
 
 
-def killed_in(directory: Path, tool: str, key: str = "") -> None:
-    """A host that is SIGKILLed while that tool runs."""
+def killed_in(directory: Path, tool: str, key: str = "", *, source: str = "pass") -> None:
+    """A host that is SIGKILLed while that tool runs; the command begins with `source`."""
     script = directory / "host.py"
-    script.write_text(HOST)
+    script.write_text(HOST.replace("SOURCE", source))
     host = subprocess.Popen([sys.executable, str(script), str(directory), tool, key], stdout=subprocess.PIPE, text=True)
     assert host.stdout is not None
     with host.stdout:
@@ -582,6 +601,15 @@ def test_a_call_in_doubt_of_a_tool_that_is_idempotent_is_simply_made_again(after
 
     assert after_death.resume(interrupted.id) == 43
     assert ids == [f"{interrupted.id}:{3}"], "the same call has the same id"
+
+
+def test_a_command_that_listed_variables_before_it_paid_goes_on_too(tmp_path: Path) -> None:
+    killed_in(tmp_path, "stuck", source="ctx.variables(); ctx.tools()")
+    with Host(store=tmp_path / "bridge.db") as host:
+        session = host.session("shop")
+        register(session, tmp_path, lambda: 5)
+        (interrupted,) = host.interrupted()
+        assert host.resume(interrupted.id, rerun=[interrupted.in_doubt[0].id]) == 47
 
 
 def test_an_interrupted_command_may_be_dropped(after_death: Host, tmp_path: Path) -> None:

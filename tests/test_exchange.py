@@ -14,10 +14,10 @@ import jsonschema
 import msgspec
 import pytest
 
-from bridge_host import exchange
-from bridge_host.exchange import export_sessions, facts_of, read_export, read_file, write_file
-from bridge_host.export_format import json_schema
 from bridge_host.functions import FunctionSource
+from bridge_host.store import exchange
+from bridge_host.store.exchange import export_sessions, facts_of, read_export, read_file, write_file
+from bridge_host.store.export_format import json_schema
 from bridge_host.store.facts import (
     CommandBegun,
     FunctionPut,
@@ -111,7 +111,7 @@ def valid(content: bytes) -> None:
 def test_the_committed_description_is_what_the_structs_say() -> None:
     made = json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
     assert DESCRIPTION.read_text() == made, (
-        'write it anew: python -c "import json; from bridge_host.export_format import json_schema as s; '
+        'write it anew: python -c "import json; from bridge_host.store.export_format import json_schema as s; '
         f'print(json.dumps(s(), indent=2, ensure_ascii=False))" > {DESCRIPTION}'
     )
 

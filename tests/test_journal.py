@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bridge_host.journal import Journal
-from bridge_host.running import current_call
+from bridge_host.engine.journal import Journal
+from bridge_host.engine.running import current_call
 from bridge_kernel.contract.errors import ReplayDiverged
 from bridge_kernel.contract.methods import SessionGet, ToolCall
 
@@ -106,7 +106,7 @@ def test_an_end_without_a_call_whose_effect_has_happened_is_a_divergence() -> No
 
 
 def test_a_journal_that_is_full_says_so_and_holds_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bridge_host.journal.MAX_CALLBACKS", 3)
+    monkeypatch.setattr("bridge_host.engine.journal.MAX_CALLBACKS", 3)
     journal = Journal()
     journal.begin()
     for n in range(5):

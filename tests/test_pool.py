@@ -23,13 +23,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge_host import orphans
-from bridge_host.admission import FairQueue
-from bridge_host.breaker import Breaker, Change, Circuits
-from bridge_host.heartbeat import Pulse
-from bridge_host.pool import Pool, PoolOptions, Recycle
-from bridge_host.process import RuntimeDirectory
-from bridge_host.routing import Ask, Durations, Fastest, LeastLoaded, Pinned, Random, routing_named
+from bridge_host.pool import orphans
+from bridge_host.pool.admission import FairQueue
+from bridge_host.pool.breaker import Breaker, Change, Circuits
+from bridge_host.pool.heartbeat import Pulse
+from bridge_host.pool.pool import Pool, PoolOptions, Recycle
+from bridge_host.pool.process import RuntimeDirectory
+from bridge_host.pool.routing import Ask, Durations, Fastest, LeastLoaded, Pinned, Random, routing_named
 from bridge_host.tasks import Tasks
 from bridge_host.telemetry import Telemetry
 from bridge_kernel.contract.errors import (
@@ -48,9 +48,9 @@ from conftest import KERNELSIDE
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from bridge_host.breaker import Outcome
-    from bridge_host.dispatch import Lease
-    from bridge_host.kernel import Kernel
+    from bridge_host.pool.breaker import Outcome
+    from bridge_host.pool.dispatch import Lease
+    from bridge_host.pool.kernel import Kernel
 
 
 # -- the queue ---------------------------------------------------------------------

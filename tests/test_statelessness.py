@@ -22,14 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridge_host import BridgeError, Host, Instance, Session, Tool
-from bridge_host.pool import Recycle
+from bridge_host.pool.pool import Recycle
 from conftest import KERNELSIDE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
-    from bridge_host.routing import Ask, Chosen
+    from bridge_host.pool.routing import Ask, Chosen
 
 Step = tuple[Any, ...]
 

@@ -28,12 +28,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bridge_host.functions import FunctionSource
+from bridge_host.store import Write, migrations
 from bridge_host.store import facts as f
-from bridge_host.store import migrations
 from bridge_host.store.log import KEPT_BYTES, KEPT_COMMANDS, KEPT_VERSIONS, Log, MemoryLog
 from bridge_host.store.owner import Owner
 from bridge_host.store.sqlite import SqliteLog
-from bridge_host.store import Write
 from bridge_host.store.store import Store
 from bridge_host.values import Stored, store
 from bridge_kernel.contract.errors import LimitExceeded, StoreDamaged, StoreFailed, StoreLocked

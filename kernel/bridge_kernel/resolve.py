@@ -63,6 +63,8 @@ def _import_longest(parts: list[str]) -> tuple[ModuleType, list[str]]:
     for count, part in enumerate(parts):
         name = f"{name}.{part}" if name else part
         loaded = sys.modules.get(name)
+        if loaded is not None and getattr(getattr(loaded, "__spec__", None), "_initializing", False):
+            loaded = importlib.import_module(name)  # another thread is in the middle of it: waits until it is done
         if loaded is None:
             if module is not None and not hasattr(module, "__path__"):
                 return module, parts[count:]

@@ -30,16 +30,16 @@ from bridge_kernel.contract.errors import (
 )
 from bridge_kernel.contract.telemetry import Event
 
-from .breaker import Breaker
 from .current import Bridge, SessionStore
-from .engine import Output
+from .engine.engine import Output
+from .engine.recovery import DoubtfulCall, Interrupted
+from .engine.running import ToolCallInfo, current_call
 from .host import AsyncHost, HostOptions
 from .instance import AsyncInstance
-from .kernel import KernelStatus, PoolStatus
-from .options import Recycle
-from .recovery import DoubtfulCall, Interrupted
-from .routing import Ask, Routing
-from .running import ToolCallInfo, current_call
+from .pool.breaker import Breaker
+from .pool.kernel import KernelStatus, PoolStatus
+from .pool.options import Recycle
+from .pool.routing import Ask, Routing
 from .session import AsyncSession
 from .store import Change, Quota, SessionInfo
 from .stream import AsyncStream

@@ -14,15 +14,15 @@ from bridge_kernel.contract.errors import HostClosed, KernelDied
 from bridge_kernel.contract.methods import Command
 from bridge_kernel.contract.values import Ref, ToolRef
 
-from .commands import Create, result_of
 from .display import table
-from .engine import RETRIES, Engine
-from .exchange import export_sessions, facts_of, read_export, read_file, write_file
+from .engine.commands import Create, result_of
+from .engine.engine import RETRIES, Engine
 from .instance import AsyncInstance
-from .options import PoolOptions
-from .pool import Pool
+from .pool.options import PoolOptions
+from .pool.pool import Pool
 from .session import AsyncSession
 from .store import Quota, Store
+from .store.exchange import export_sessions, facts_of, read_export, read_file, write_file
 from .tasks import Tasks
 from .telemetry import Telemetry
 from .values import ValueReader
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.methods import Stats
     from bridge_kernel.contract.values import Tag
 
-    from .breaker import Breaker
-    from .engine import Output
-    from .kernel import KernelStatus
-    from .options import Recycle
-    from .quarantine import Quarantine
-    from .recovery import Interrupted
-    from .routing import Routing
-    from .running import Outcome
+    from .engine.engine import Output
+    from .engine.quarantine import Quarantine
+    from .engine.recovery import Interrupted
+    from .engine.running import Outcome
+    from .pool.breaker import Breaker
+    from .pool.kernel import KernelStatus
+    from .pool.options import Recycle
+    from .pool.routing import Routing
     from .store import SessionInfo, SessionState
     from .store.log import Journaled as JournaledCommand
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from bridge_kernel.contract.values import Ref
 
 from .display import table
-from .engine import RETRIES
+from .engine.engine import RETRIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -11,8 +11,8 @@ from bridge_kernel.contract.errors import NotFound
 from bridge_kernel.contract.methods import LM
 from bridge_kernel.contract.values import Ref
 
-from .commands import CallFunction, CallMethod, Create, Inspect, StreamFunction, arguments, result_of
-from .engine import RETRIES
+from .engine.commands import CallFunction, CallMethod, Create, Inspect, StreamFunction, arguments, result_of
+from .engine.engine import RETRIES
 from .functions import source_of
 from .instance import AsyncInstance, Instances
 from .secret import Secrets
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.values import Tag
 
     from .client import Reply
-    from .engine import Engine
-    from .running import Running
+    from .engine.engine import Engine
+    from .engine.running import Running
     from .store import Change, SessionInfo, SessionState
     from .watch import Changes, Watch
 

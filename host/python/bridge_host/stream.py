@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.methods import Chunk
     from bridge_kernel.contract.values import Tag
 
-    from .engine import Engine
-    from .running import Running
+    from .engine.engine import Engine
+    from .engine.running import Running
 
 __all__ = ("WINDOW", "AsyncStream")
 

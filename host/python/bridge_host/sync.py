@@ -15,10 +15,10 @@ from bridge_kernel.contract.errors import BridgeError, HostClosed
 from bridge_kernel.contract.values import Ref
 
 from . import current
-from .engine import RETRIES
+from .engine.engine import RETRIES
+from .engine.running import CURRENT
 from .host import AsyncHost, HostOptions
 from .instance import AsyncInstance, InstanceBase, Instances
-from .running import CURRENT
 from .session import AsyncSession, SessionBase
 from .store import check_name
 from .values import store
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.methods import Inspected, Stats
     from bridge_kernel.contract.values import Tag
 
+    from .engine.quarantine import Quarantine
+    from .engine.recovery import Interrupted
     from .host import Journaled, Sessions
-    from .kernel import KernelStatus, PoolStatus
-    from .quarantine import Quarantine
-    from .recovery import Interrupted
+    from .pool.kernel import KernelStatus, PoolStatus
     from .store import SessionState
     from .stream import AsyncStream
     from .telemetry import Telemetry

@@ -40,11 +40,11 @@ from bridge_kernel.contract.methods import (
     Versioned,
 )
 
+from ..store.facts import CallbackAnswered, CallbackMade, CallbacksForgotten
+from ..values import ValueReader, ValueWriter, store_tree
 from .commands import record_of
 from .journal import Recorded
 from .running import CURRENT, CURRENT_CALL, ToolCallInfo
-from .store.facts import CallbackAnswered, CallbackMade, CallbacksForgotten
-from .values import ValueReader, ValueWriter, store_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,18 +53,18 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.messages import Request
     from bridge_kernel.contract.values import Tag
 
-    from .client import KernelClient
+    from ..client import KernelClient
+    from ..store import SessionState, Store
+    from ..tasks import Tasks
+    from ..telemetry import Telemetry
+    from ..tools import Tool
     from .journal import Entry
     from .running import Running
-    from .store import SessionState, Store
-    from .tasks import Tasks
-    from .telemetry import Telemetry
-    from .tools import Tool
 
 __all__ = ("Callbacks", "decode_asked", "decode_reply")
 
 MAX_TOOL_THREADS: Final = 1000
-OWN_FILES: Final = os.path.dirname(__file__) + os.sep
+OWN_FILES: Final = os.path.dirname(os.path.dirname(__file__)) + os.sep
 
 _decoders: Final = {m.name: msgspec.json.Decoder(m.params) for m in CALLBACKS.values()}
 
@@ -223,14 +223,26 @@ class Callbacks:
         log = self._store.log
         if not log.on_disk:
             return 0
+        made = self.made(running, entry)
+        if reply is None:
+            return log.append([made])
+        seal = self._store.vault.seal if running.prepared.secret else bytes
+        return log.append([made, CallbackAnswered(running.id, entry.n, seal(reply))])
+
+    def made(self, running: Running, entry: Entry) -> CallbackMade:
+        """A callback as it is journaled: sealed if the command carries secrets."""
         params = msgspec.json.encode(entry.params)
         asked = msgspec.msgpack.encode(_Asked(params, tuple(map(bytes, entry.buffers)), entry.effect))
         seal = self._store.vault.seal if running.prepared.secret else bytes
         about = entry.params.name if isinstance(entry.params, ToolCall) else ""
-        made = CallbackMade(running.id, entry.n, entry.seq, entry.method, about, entry.digest, seal(asked))
-        if reply is None:
-            return log.append([made])
-        return log.append([made, CallbackAnswered(running.id, entry.n, seal(reply))])
+        return CallbackMade(running.id, entry.n, entry.seq, entry.method, about, entry.digest, seal(asked))
+
+    def answered(self, running: Running, entry: Entry) -> bytes | None:
+        """Its reply as it is journaled; None if there is none yet."""
+        if entry.reply is None:
+            return None
+        seal = self._store.vault.seal if running.prepared.secret else bytes
+        return seal(_encode_reply(entry.reply))
 
     def _read(self, running: Running, method: str, params: Any) -> tuple[Recorded, dict[str, int] | None]:
         """What needs no tool: answered at once, here on the loop. The second member: the versions it saw."""
@@ -346,9 +358,9 @@ class Callbacks:
                 reply = await self._call(running.session, tool, params, entry.buffers, metadata)
             finally:
                 running.remove(scope)
-            if self._store.log.on_disk:
-                seal = self._store.vault.seal if running.prepared.secret else bytes
-                self._store.log.append([CallbackAnswered(running.id, entry.n, seal(_encode_reply(reply)))])
+            entry.reply = reply
+            if self._store.log.on_disk and (content := self.answered(running, entry)) is not None:
+                self._store.log.append([CallbackAnswered(running.id, entry.n, content)])
             _answer_all(entry, reply)
 
     async def _call(

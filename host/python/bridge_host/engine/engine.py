@@ -17,6 +17,7 @@ from bridge_kernel.contract.errors import (
     HostClosed,
     KernelDied,
     LimitExceeded,
+    Quarantined,
     ReplayDiverged,
     SourceMissing,
     StoreFailed,
@@ -25,15 +26,15 @@ from bridge_kernel.contract.errors import (
 from bridge_kernel.contract.methods import Cancel, Chunk
 from bridge_kernel.contract.telemetry import Event, Trace
 
+from ..pool.routing import Ask
+from ..store.facts import CommandBegun, CommandEnded, CommandTried
+from ..watch import Watchers
 from .callbacks import Callbacks
 from .commands import Attempt, Prepared, prepare
 from .journal import Journal
 from .quarantine import Quarantine
 from .recovery import Recovery, keep_reply
-from .routing import Ask
 from .running import CURRENT, Outcome, Running
-from .store.facts import CommandBegun, CommandEnded, CommandTried
-from .watch import Watchers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,13 +43,13 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.messages import Notification, Request
     from bridge_kernel.contract.values import Tag
 
-    from .client import KernelClient, Reply, StreamText
+    from ..client import KernelClient, Reply, StreamText
+    from ..pool.dispatch import Lease
+    from ..pool.pool import Pool
+    from ..store import SessionState, Store
+    from ..tasks import Tasks
+    from ..telemetry import Telemetry
     from .commands import Request as CommandRequest
-    from .dispatch import Lease
-    from .pool import Pool
-    from .store import SessionState, Store
-    from .tasks import Tasks
-    from .telemetry import Telemetry
 
 __all__ = ("RETRIES", "Engine", "Output")
 
@@ -95,7 +96,7 @@ class Engine:
         self.pool: Pool  # set by the host: the pool needs the engine to listen to its kernels
         self.closing = False
         self._on_output = on_output
-        self._callbacks = Callbacks(store, telemetry, tasks, hook)
+        self.callbacks = Callbacks(store, telemetry, tasks, hook)
         self._running: dict[tuple[KernelClient, int], Running] = {}
         self._cells: dict[KernelClient, SessionState] = {}
         self._telemetry_due = False
@@ -181,29 +182,34 @@ class Engine:
         """Run what was begun, to its end."""
         session = running.session
         session.busy += 1
-        error: BaseException | None = None
         try:
             if self.store.log.backlog > MAX_BACKLOG:
                 await self.store.log.durable(self.store.log.append(()))
             return Outcome(await self._attempts(running, retries), running.prepared, session)
         except BaseException as exc:
-            error = exc
+            number = self._failed(running, exc)
+            if number and running.journal.effects and isinstance(exc, BridgeError):
+                # Who is told that it failed must not find it among the interrupted, with its effects done.
+                await asyncio.shield(self.store.log.durable(number))
             raise
         finally:
             session.busy -= 1
             running.end()
             if not session.deleted:
                 session.used = self.store.clock()
-            # A host that closes has not ended its commands: they are listed when it is opened again.
-            if error is not None and not self.closing and not isinstance(error, HostClosed | StoreFailed):
-                self._failed(running, error)
 
-    def _failed(self, running: Running, error: BaseException) -> None:
-        if running.session.deleted or running.committed:
-            return
+    def _failed(self, running: Running, error: BaseException) -> int:
+        """Journal that it failed; the number to wait for, 0 if it has not really ended."""
+        # A host that closes has not ended its commands: they are listed when it is opened again.
+        if self.closing or isinstance(error, HostClosed | StoreFailed) or running.session.deleted or running.committed:
+            return 0
+        if running.begun.key is not None and isinstance(error, KernelDied | Quarantined):
+            # Whoever comes with the key again must not pay twice for what the kernels did.
+            self.recovery.suspend(running)
+            return 0
         name = "bridge.Cancelled" if isinstance(error, asyncio.CancelledError) else type_of(error)
         count = len(running.journal)
-        self.store.log.append([CommandEnded(running.id, name, None, time.time(), running.attempt, count)])
+        return self.store.log.append([CommandEnded(running.id, name, None, time.time(), running.attempt, count)])
 
     async def _attempts(self, running: Running, retries: int) -> Reply:
         prepared, journal = running.prepared, running.journal
@@ -414,7 +420,7 @@ class Engine:
         self._cells[client] = session
 
     def on_callback(self, client: KernelClient, request: Request, buffers: Sequence[Buffer]) -> None:
-        self._callbacks.serve(
+        self.callbacks.serve(
             client, request, buffers, lambda command: self._running_of(client, command), self._cells.get(client)
         )
 

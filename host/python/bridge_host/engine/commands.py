@@ -25,9 +25,9 @@ from bridge_kernel.contract.methods import (
     State,
 )
 
-from .store.facts import InstanceState
-from .store.model import LM_KEY
-from .values import Stored, ValueWriter, store_tree
+from ..store.facts import InstanceState
+from ..store.model import LM_KEY
+from ..values import Stored, ValueWriter, store_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.frames import Buffer
     from bridge_kernel.contract.methods import LM
 
-    from .client import Reply
-    from .functions import FunctionSource
-    from .store import SessionState
-    from .store.vault import Vault
+    from ..client import Reply
+    from ..functions import FunctionSource
+    from ..store import SessionState
+    from ..store.vault import Vault
 
 __all__ = (
     "Arguments",

@@ -11,13 +11,13 @@ import zmq
 
 from bridge_kernel.contract.errors import BridgeError, HostClosed, KernelStartFailed
 
-from .client import KernelClient
+from ..client import KernelClient
 from .process import KernelProcess, RuntimeDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .client import Listener
+    from ..client import Listener
 
 __all__ = ("Launcher",)
 

@@ -19,13 +19,13 @@ from jupyter_client.manager import AsyncKernelManager
 
 from bridge_kernel.contract.errors import KernelStartFailed
 
-from .client import KernelClient
+from ..client import KernelClient
 from .orphans import Owner, here, started, write_owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from .client import ConnectionInfo
+    from ..client import ConnectionInfo
 
 __all__ = ("KernelProcess", "RuntimeDirectory")
 

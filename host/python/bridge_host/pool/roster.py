@@ -18,12 +18,12 @@ from .orphans import sweep
 from .routing import Durations
 
 if TYPE_CHECKING:
-    from .client import KernelClient
+    from ..client import KernelClient
+    from ..tasks import Tasks
+    from ..telemetry import Telemetry
     from .dispatch import Dispatcher
     from .launch import Launcher
     from .options import PoolOptions
-    from .tasks import Tasks
-    from .telemetry import Telemetry
 
 __all__ = ("Roster",)
 

@@ -18,12 +18,12 @@ from .routing import routing_named
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from ..client import KernelClient
+    from ..telemetry import Telemetry
     from .breaker import Outcome
-    from .client import KernelClient
     from .kernel import Kernel
     from .options import PoolOptions
     from .routing import Ask
-    from .telemetry import Telemetry
 
 __all__ = ("Dispatcher", "Lease")
 

@@ -23,6 +23,8 @@ from bridge_kernel.contract.errors import BridgeError, StoreDamaged
 from bridge_kernel.contract.methods import LM
 from bridge_kernel.contract.values import decode
 
+from ..functions import FunctionSource
+from ..values import Stored
 from .export_format import (
     FORMAT,
     VERSION,
@@ -36,8 +38,7 @@ from .export_format import (
     Variable,
     Version,
 )
-from .functions import FunctionSource
-from .store.facts import (
+from .facts import (
     FunctionPut,
     InstanceForgotten,
     InstancePut,
@@ -49,13 +50,12 @@ from .store.facts import (
     TypePut,
     VariablePut,
 )
-from .store.types import VariableType
-from .values import Stored
+from .types import VariableType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from .store.facts import Fact
+    from .facts import Fact
 
 __all__ = (
     "MAX_EXPORT_BYTES",

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
-    from .client import Reply
+    from ..client import Reply
+    from ..telemetry import Telemetry
     from .kernel import Kernel
     from .options import PoolOptions
-    from .telemetry import Telemetry
 
 __all__ = ("Health",)
 

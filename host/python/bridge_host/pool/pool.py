@@ -19,11 +19,11 @@ from .roster import Roster
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from ..client import Listener
+    from ..tasks import Tasks
+    from ..telemetry import Telemetry
     from .breaker import Outcome
-    from .client import Listener
     from .routing import Ask
-    from .tasks import Tasks
-    from .telemetry import Telemetry
 
 __all__ = ("Kernel", "KernelStatus", "Lease", "Pool", "PoolOptions", "PoolStatus", "Recycle")
 

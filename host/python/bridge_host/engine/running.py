@@ -10,7 +10,7 @@ import msgspec
 
 from bridge_kernel.contract.methods import GiveCredit
 
-from .store import Staged
+from ..store import Staged
 
 if TYPE_CHECKING:
     import asyncio
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.methods import Chunk
     from bridge_kernel.contract.telemetry import Trace
 
-    from .client import KernelClient, Reply
+    from ..client import KernelClient, Reply
+    from ..store import SessionState
+    from ..store.facts import CommandBegun
     from .commands import Prepared
     from .journal import Journal
-    from .store import SessionState
-    from .store.facts import CommandBegun
 
 __all__ = ("CURRENT", "CURRENT_CALL", "Outcome", "Running", "ToolCallInfo", "current_call")
 

@@ -177,6 +177,10 @@ class Journal:
         return entry
 
     @property
+    def entries(self) -> list[Entry]:
+        return list(self._entries.values())
+
+    @property
     def effects(self) -> bool:
         """Whether anything happened that must not happen twice."""
         return any(entry.effect for entry in self._entries.values())

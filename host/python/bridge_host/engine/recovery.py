@@ -10,22 +10,23 @@ import msgspec
 from bridge_kernel.contract.errors import Cancelled, Conflict, EffectInDoubt, InvalidParams, NotFound
 from bridge_kernel.contract.methods import ToolCall, ValueResult
 
+from ..client import Reply
+from ..store import Unfinished
+from ..store.facts import CommandForgotten
+from ..values import ValueWriter
 from .callbacks import decode_asked, decode_reply
-from .client import Reply
 from .commands import Request, StreamFunction, decode_request, prepare
 from .journal import Entry, Journal, Recorded, shown
 from .running import Outcome
-from .store.facts import CommandForgotten
-from .values import ValueWriter
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from ..store import SessionState
+    from ..store.facts import CallbackMade, CommandBegun
     from .commands import Prepared
     from .engine import Engine
     from .running import Running
-    from .store import SessionState, Unfinished
-    from .store.facts import CallbackMade, CommandBegun
 
 __all__ = ("DoubtfulCall", "Interrupted", "Recovery", "keep_reply")
 
@@ -96,6 +97,17 @@ class Recovery:
             )
         return found
 
+    def suspend(self, running: Running) -> None:
+        """Keep a command that lost its kernels, and that has a key to come back with: as if its host had died."""
+        unfinished = Unfinished(running.begun)
+        unfinished.attempt = running.attempt
+        callbacks = self._engine.callbacks
+        for entry in running.journal.entries:
+            unfinished.made.append(callbacks.made(running, entry))
+            if (content := callbacks.answered(running, entry)) is not None:
+                unfinished.answered[entry.n] = content
+        self._store.unfinished[running.id] = unfinished
+
     def _find(self, id: str) -> Unfinished:
         unfinished = self._store.unfinished.get(id)
         if unfinished is None or id in self._resuming:
@@ -145,8 +157,9 @@ class Recovery:
             return await self._engine.finish(running, retries)
         finally:
             self._resuming.discard(id)
-            if not self._engine.closing:
-                self._store.unfinished.pop(id, None)
+            # Unless it was suspended once more, or the host is closing.
+            if not self._engine.closing and self._store.unfinished.get(id) is unfinished:
+                del self._store.unfinished[id]
 
     def request_of(self, begun: CommandBegun) -> Request:
         """What a journaled command asked. Raises `SecretUnreadable` if it is sealed and the key is gone."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from .display import table
+from ..display import table
 from .routing import Durations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .client import KernelClient
+    from ..client import KernelClient
     from .heartbeat import Pulse
     from .process import KernelProcess
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import bridge_host.host
 from bridge_host import Host
+from bridge_host.pool import Pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,6 +21,23 @@ KERNELSIDE = str(Path(__file__).parent / "kernelside")
 """What the tests' kernels can import besides what is installed."""
 
 _numbers = itertools.count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--instance-cache", choices=("on", "off"), default="on", help="the kernels' cache of instances")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def instance_cache(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With `--instance-cache=off` every host of this process starts its kernels without one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.config.getoption("--instance-cache") == "off":
+
+            def without(*args: Any, arguments: Any, **kwargs: Any) -> Pool:
+                return Pool(*args, arguments=(*arguments, "--Policy.max_cache_bytes=0"), **kwargs)
+
+            patch.setattr(bridge_host.host, "Pool", without)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ def test_a_module_that_another_thread_is_importing_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = SimpleNamespace(entered=threading.Event(), leave=threading.Event())
-    monkeypatch.setitem(sys.modules, "slow_gate", gate)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "slow_gate", gate)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "slowly.py").write_text(
         "import slow_gate\nslow_gate.entered.set()\nslow_gate.leave.wait(30)\ndef f(): pass\n"

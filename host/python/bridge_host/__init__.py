@@ -31,15 +31,10 @@ from bridge_kernel.contract.errors import (
 from bridge_kernel.contract.telemetry import Event
 
 from .current import Bridge, SessionStore
-from .engine.engine import Output
-from .engine.recovery import DoubtfulCall, Interrupted
-from .engine.running import ToolCallInfo, current_call
+from .engine import DoubtfulCall, Interrupted, Output, Poison, Quarantine, ToolCallInfo, current_call
 from .host import AsyncHost, HostOptions
 from .instance import AsyncInstance
-from .pool.breaker import Breaker
-from .pool.kernel import KernelStatus, PoolStatus
-from .pool.options import Recycle
-from .pool.routing import Ask, Routing
+from .pool import Ask, Breaker, KernelStatus, PoolStatus, Recycle, Routing
 from .session import AsyncSession
 from .store import Change, Quota, SessionInfo
 from .stream import AsyncStream
@@ -80,8 +75,10 @@ __all__ = (
     "NotSerializable",
     "Output",
     "Overloaded",
+    "Poison",
     "PolicyDenied",
     "PoolStatus",
+    "Quarantine",
     "Quarantined",
     "QueueFull",
     "Quota",

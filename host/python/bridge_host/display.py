@@ -11,7 +11,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ("table",)
+__all__ = ("Shown", "table")
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, html: bool = False, title: str = "") -> str:
@@ -32,3 +32,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, html: bool =
         console.print(drawn)
     lines = [line.rstrip() for line in captured.get().splitlines()]
     return "\n".join([title, *lines] if title else lines)
+
+
+class Shown:
+    """Shows itself as a table, in a terminal and in a notebook: what it has is `_rows()`, columns and rows."""
+
+    def _rows(self) -> tuple[list[str], list[list[str]]]:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return table(*self._rows())
+
+    def _repr_html_(self) -> str:
+        return table(*self._rows(), html=True)

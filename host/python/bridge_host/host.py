@@ -14,12 +14,11 @@ from bridge_kernel.contract.errors import HostClosed, KernelDied
 from bridge_kernel.contract.methods import Command
 from bridge_kernel.contract.values import Ref, ToolRef
 
-from .display import table
+from .display import Shown
+from .engine import RETRIES, Engine
 from .engine.commands import Create, result_of
-from .engine.engine import RETRIES, Engine
 from .instance import AsyncInstance
-from .pool.options import PoolOptions
-from .pool.pool import Pool
+from .pool import Pool, PoolOptions
 from .session import AsyncSession
 from .store import Quota, Store
 from .store.exchange import export_sessions, facts_of, read_export, read_file, write_file
@@ -34,14 +33,8 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.methods import Stats
     from bridge_kernel.contract.values import Tag
 
-    from .engine.engine import Output
-    from .engine.quarantine import Quarantine
-    from .engine.recovery import Interrupted
-    from .engine.running import Outcome
-    from .pool.breaker import Breaker
-    from .pool.kernel import KernelStatus
-    from .pool.options import Recycle
-    from .pool.routing import Routing
+    from .engine import Interrupted, Outcome, Output, Quarantine
+    from .pool import Breaker, KernelStatus, Recycle, Routing
     from .store import SessionInfo, SessionState
     from .store.log import Journaled as JournaledCommand
 
@@ -366,7 +359,7 @@ def _expired(id: str) -> dict[str, str | int | float | bool | None]:
     return {"session": id, "reason": "expired"}
 
 
-class Sessions(list["SessionInfo"]):
+class Sessions(Shown, list["SessionInfo"]):
     """Sessions, described: a list that shows itself as a table."""
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:
@@ -385,14 +378,8 @@ class Sessions(list["SessionInfo"]):
         ]
         return ["session", "version", "variables", "instances", "bytes", "used", "expires"], rows
 
-    def __repr__(self) -> str:
-        return table(*self._rows())
 
-    def _repr_html_(self) -> str:
-        return table(*self._rows(), html=True)
-
-
-class Journaled(list["JournaledCommand"]):
+class Journaled(Shown, list["JournaledCommand"]):
     """Commands of the journal: a list that shows itself as a table."""
 
     def _rows(self) -> tuple[list[str], list[list[str]]]:
@@ -409,9 +396,3 @@ class Journaled(list["JournaledCommand"]):
             for command in self
         ]
         return ["command", "session", "what", "end", "attempts", "callbacks", "took"], rows
-
-    def __repr__(self) -> str:
-        return table(*self._rows())
-
-    def _repr_html_(self) -> str:
-        return table(*self._rows(), html=True)

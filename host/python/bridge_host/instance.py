@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from bridge_kernel.contract.values import Ref
 
-from .display import table
-from .engine.engine import RETRIES
+from .display import Shown
+from .engine import RETRIES, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -100,9 +100,8 @@ class AsyncInstance(InstanceBase):
         Raises:
             Conflict: another call changed the instance meanwhile; nothing of this one was kept.
         """
-        return await self._session._call_method(
-            self._ref, method, args, kwargs, deadline, retries, idempotency_key, secrets
-        )
+        terms = Terms(deadline, retries, idempotency_key, secrets)
+        return await self._session._call_method(self._ref, method, args, kwargs, terms)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -118,7 +117,7 @@ class AsyncInstance(InstanceBase):
 I = TypeVar("I")
 
 
-class Instances(Mapping[str, I], Generic[I]):
+class Instances(Shown, Mapping[str, I], Generic[I]):
     """`session.instances`: each by its name or its ref; iterating gives refs."""
 
     def __init__(self, state: SessionState, make: Callable[[str], I]) -> None:
@@ -139,9 +138,3 @@ class Instances(Mapping[str, I], Generic[I]):
         known = list(self._state.instances.values())
         rows = [[i.name, i.ref[:8], i.cls, i.adapter, str(i.version), f"{i.size:,}"] for i in known]
         return ["name", "ref", "class", "state", "version", "bytes"], rows
-
-    def __repr__(self) -> str:
-        return table(*self._rows())
-
-    def _repr_html_(self) -> str:
-        return table(*self._rows(), html=True)

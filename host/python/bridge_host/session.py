@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 import msgspec
 
@@ -11,8 +11,8 @@ from bridge_kernel.contract.errors import NotFound
 from bridge_kernel.contract.methods import LM
 from bridge_kernel.contract.values import Ref
 
+from .engine import RETRIES, Terms
 from .engine.commands import CallFunction, CallMethod, Create, Inspect, StreamFunction, arguments, result_of
-from .engine.engine import RETRIES
 from .functions import source_of
 from .instance import AsyncInstance, Instances
 from .secret import Secrets
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
     from .client import Reply
     from .engine.engine import Engine
-    from .engine.running import Running
     from .store import Change, SessionInfo, SessionState
     from .watch import Changes, Watch
 
 __all__ = ("AsyncSession", "SessionBase")
 
+_USUAL: Final = Terms()
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
@@ -354,23 +354,17 @@ class AsyncSession(SessionBase):
             DeadlineExceeded, KernelDied, NotSerializable, NotFound, PolicyDenied, Quarantined, QueueFull,
             ReplayDiverged, Conflict: as they say. Nothing that the command wrote is kept then.
         """
-        return await self._call(name, args, kwargs, deadline, retries, idempotency_key, secrets)
+        return await self._call(name, args, kwargs, Terms(deadline, retries, idempotency_key, secrets))
 
     async def _call(
         self,
         name: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        deadline: float | None,
-        retries: int,
-        key: str | None,
-        secrets: Sequence[str],
-        parent: Running | None = None,
+        terms: Terms,
     ) -> Any:
-        request = CallFunction(check_name("function", name), arguments(args, kwargs), _names(secrets))
-        outcome = await self._engine.run(
-            self._state, request, deadline=deadline, retries=retries, key=key, parent=parent
-        )
+        request = CallFunction(check_name("function", name), arguments(args, kwargs), _names(terms.secrets))
+        outcome = await self._engine.run(self._state, request, terms)
         return self._value("function.call", outcome.reply)
 
     def _value(self, method: str, reply: Reply) -> Any:
@@ -391,29 +385,24 @@ class AsyncSession(SessionBase):
         A producer is at most 16 values ahead. Leaving the loop early, or `aclose()`, stops it, and nothing that it
         wrote is kept. If its kernel dies it runs again, and what had arrived is not given twice.
         """
-        return self._stream(name, args, kwargs, deadline, retries, secrets, None)
+        return self._stream(name, args, kwargs, Terms(deadline, retries, None, secrets))
 
     def _stream(
         self,
         name: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        deadline: float | None,
-        retries: int,
-        secrets: Sequence[str],
-        parent: Running | None,
+        terms: Terms,
     ) -> AsyncStream[Any]:
         given = arguments(args, kwargs)
-        request = StreamFunction(check_name("function", name), given, _names(secrets), WINDOW)
+        request = StreamFunction(check_name("function", name), given, _names(terms.secrets), WINDOW)
         stream: AsyncStream[Any] = AsyncStream(self._engine, self._arrive)
 
         async def run() -> Any:
             outcome = await self._engine.run(
                 self._state,
                 request,
-                deadline=deadline,
-                retries=retries,
-                parent=parent,
+                terms,
                 on_chunk=stream._on_chunk,
                 started=stream._on_started,
             )
@@ -429,20 +418,18 @@ class AsyncSession(SessionBase):
 
         Raises as `call` does; nothing is kept then.
         """
-        return AsyncInstance(self, await self._create(cls, args, kwargs, deadline, secrets))
+        return AsyncInstance(self, await self._create(cls, args, kwargs, Terms(deadline, secrets=secrets)))
 
     async def _create(
         self,
         cls: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        deadline: float | None,
-        secrets: Sequence[str],
-        parent: Running | None = None,
+        terms: Terms,
     ) -> str:
         ref = uuid.uuid4().hex
-        request = Create(ref, cls, store(list(args), "args"), store(kwargs, "kwargs"), _names(secrets))
-        await self._engine.run(self._state, request, deadline=deadline, parent=parent)
+        request = Create(ref, cls, store(list(args), "args"), store(kwargs, "kwargs"), _names(terms.secrets))
+        await self._engine.run(self._state, request, terms)
         return ref
 
     async def _call_method(
@@ -451,23 +438,17 @@ class AsyncSession(SessionBase):
         method: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        deadline: float | None = None,
-        retries: int = RETRIES,
-        key: str | None = None,
-        secrets: Sequence[str] = (),
-        parent: Running | None = None,
+        terms: Terms = _USUAL,
     ) -> Any:
-        request = CallMethod(ref, method, arguments(args, kwargs), _names(secrets))
-        outcome = await self._engine.run(
-            self._state, request, deadline=deadline, retries=retries, key=key, parent=parent
-        )
+        request = CallMethod(ref, method, arguments(args, kwargs), _names(terms.secrets))
+        outcome = await self._engine.run(self._state, request, terms)
         return self._value("instance.call", outcome.reply)
 
     async def inspect(self, target: Any, /, *, deadline: float | None = None) -> Inspected:
         """Describe a dotted name, a function of the session's, or an instance: signature, documentation, members."""
-        return await self._inspect(target, deadline, None)
+        return await self._inspect(target, Terms(deadline))
 
-    async def _inspect(self, target: Any, deadline: float | None, parent: Running | None) -> Inspected:
+    async def _inspect(self, target: Any, terms: Terms) -> Inspected:
         if isinstance(target, str):
             request = Inspect(name=target)
         else:
@@ -475,7 +456,7 @@ class AsyncSession(SessionBase):
             if tag is None or not isinstance(target.__bridge_tag__, Ref):
                 raise TypeError(f"inspect takes a dotted name, a function's name or an instance, not {target!r}")
             request = Inspect(ref=target.__bridge_tag__.id)
-        outcome = await self._engine.run(self._state, request, deadline=deadline, parent=parent)
+        outcome = await self._engine.run(self._state, request, terms)
         inspected: Inspected = result_of("object.inspect", outcome.reply)
         return inspected
 

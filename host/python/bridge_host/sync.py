@@ -15,8 +15,7 @@ from bridge_kernel.contract.errors import BridgeError, HostClosed
 from bridge_kernel.contract.values import Ref
 
 from . import current
-from .engine.engine import RETRIES
-from .engine.running import CURRENT
+from .engine import CURRENT, RETRIES, Terms
 from .host import AsyncHost, HostOptions
 from .instance import AsyncInstance, InstanceBase, Instances
 from .session import AsyncSession, SessionBase
@@ -272,9 +271,8 @@ class Session(SessionBase):
             DeadlineExceeded, KernelDied, NotSerializable, NotFound, PolicyDenied, Quarantined, QueueFull,
             ReplayDiverged, Conflict: as they say. Nothing that the command wrote is kept then.
         """
-        return self._host._run(
-            self._async._call, name, args, kwargs, deadline, retries, idempotency_key, secrets, CURRENT.get()
-        )
+        terms = Terms(deadline, retries, idempotency_key, secrets, CURRENT.get())
+        return self._host._run(self._async._call, name, args, kwargs, terms)
 
     def submit(
         self,
@@ -289,9 +287,8 @@ class Session(SessionBase):
     ) -> Future[Any]:
         """As `call`, without waiting: a `concurrent.futures.Future`, whose `cancel()` cancels it in the kernel."""
         self._host._require_open()
-        return self._host._start(
-            self._async._call, name, args, kwargs, deadline, retries, idempotency_key, secrets, CURRENT.get()
-        )
+        terms = Terms(deadline, retries, idempotency_key, secrets, CURRENT.get())
+        return self._host._start(self._async._call, name, args, kwargs, terms)
 
     def stream(
         self,
@@ -304,10 +301,10 @@ class Session(SessionBase):
         **kwargs: Any,
     ) -> Stream:
         """Run a generator and iterate over what it yields. Leaving the loop early stops it."""
-        run, parent = self._host._run, CURRENT.get()
+        run, terms = self._host._run, Terms(deadline, retries, None, secrets, CURRENT.get())
 
         async def start() -> AsyncStream[Any]:
-            return self._async._stream(name, args, kwargs, deadline, retries, secrets, parent)
+            return self._async._stream(name, args, kwargs, terms)
 
         return Stream(run(start), run, self._host._loop)
 
@@ -318,12 +315,12 @@ class Session(SessionBase):
 
         Raises as `call` does; nothing is kept then.
         """
-        run = self._host._run
-        return Instance(self, run(self._async._create, cls, args, kwargs, deadline, secrets, CURRENT.get()))
+        terms = Terms(deadline, secrets=secrets, parent=CURRENT.get())
+        return Instance(self, self._host._run(self._async._create, cls, args, kwargs, terms))
 
     def inspect(self, target: Any, /, *, deadline: float | None = None) -> Inspected:
         """Describe a dotted name, a function of the session's, or an instance: signature, documentation, members."""
-        inspected: Inspected = self._host._run(self._async._inspect, target, deadline, CURRENT.get())
+        inspected: Inspected = self._host._run(self._async._inspect, target, Terms(deadline, parent=CURRENT.get()))
         return inspected
 
     def instance(self, ref: str) -> Instance:
@@ -362,22 +359,12 @@ class Instance(InstanceBase):
         Raises:
             Conflict: another call changed the instance meanwhile; nothing of this one was kept.
         """
-        return self._call(method, args, kwargs, deadline, retries, idempotency_key, secrets)
+        return self._call(method, args, kwargs, Terms(deadline, retries, idempotency_key, secrets, CURRENT.get()))
 
-    def _call(
-        self,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        deadline: float | None = None,
-        retries: int = RETRIES,
-        key: str | None = None,
-        secrets: Sequence[str] = (),
-    ) -> Any:
+    def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None) -> Any:
         session: Session = self._session
-        return session._host._run(
-            session._async._call_method, self._ref, method, args, kwargs, deadline, retries, key, secrets, CURRENT.get()
-        )
+        terms = terms or Terms(parent=CURRENT.get())
+        return session._host._run(session._async._call_method, self._ref, method, args, kwargs, terms)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

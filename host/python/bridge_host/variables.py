@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from bridge_kernel.contract.errors import NotFound
 
-from .display import table
+from .display import Shown
 from .store import Write
 from .values import store
 
@@ -133,7 +133,7 @@ class Variable:
         return f"<Variable {self.name!r} = {_shown(self.value)} ({known.value.type}, version {known.version})>"
 
 
-class Variables(Mapping[str, Variable]):
+class Variables(Shown, Mapping[str, Variable]):
     """`session.variables`: by name, as a table to look at."""
 
     def __init__(self, access: Access) -> None:
@@ -160,12 +160,6 @@ class Variables(Mapping[str, Variable]):
             shown = _shown(self[info.name].value)
             rows.append([info.name, info.type, shown, str(info.version), f"{info.size:,}"])
         return ["variable", "type", "value", "version", "bytes"], rows
-
-    def __repr__(self) -> str:
-        return table(*self._rows())
-
-    def _repr_html_(self) -> str:
-        return table(*self._rows(), html=True)
 
 
 class Snapshot(Mapping[str, Any]):

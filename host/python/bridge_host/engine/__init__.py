@@ -1,9 +1,9 @@
 """What runs commands: sends them, answers what they call back, journals both, runs them again if it must."""
 
-from .engine import RETRIES, Engine, Output
+from .engine import Engine, Output
 from .quarantine import Poison, Quarantine
 from .recovery import DoubtfulCall, Interrupted
-from .running import CURRENT, Running, ToolCallInfo, current_call
+from .running import CURRENT, RETRIES, Outcome, Running, Terms, ToolCallInfo, current_call
 
 __all__ = (
     "CURRENT",
@@ -11,10 +11,12 @@ __all__ = (
     "DoubtfulCall",
     "Engine",
     "Interrupted",
+    "Outcome",
     "Output",
     "Poison",
     "Quarantine",
     "Running",
+    "Terms",
     "ToolCallInfo",
     "current_call",
 )

@@ -34,7 +34,7 @@ from .commands import Attempt, Prepared, prepare
 from .journal import Journal
 from .quarantine import Quarantine
 from .recovery import Recovery, keep_reply
-from .running import CURRENT, Outcome, Running
+from .running import CURRENT, Outcome, Running, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,10 +51,8 @@ if TYPE_CHECKING:
     from ..telemetry import Telemetry
     from .commands import Request as CommandRequest
 
-__all__ = ("RETRIES", "Engine", "Output")
+__all__ = ("Engine", "Output")
 
-RETRIES: Final = 2
-"""How often a command runs again, on another kernel, when its kernel dies."""
 SHARED_ATTEMPTS: Final = 2  # from the next on it runs alone: if that kernel dies too, it is proven who did it
 MAX_NESTING: Final = 64  # commands within tools within commands: more is a tool that calls itself
 MAX_BACKLOG: Final = 10_000  # batches on their way to the disk, before new commands wait for it
@@ -109,46 +107,43 @@ class Engine:
         self,
         session: SessionState,
         request: CommandRequest,
+        terms: Terms,
         *,
-        deadline: float | None = None,
-        retries: int = RETRIES,
-        key: str | None = None,
-        parent: Running | None = None,
         on_chunk: Callable[[Chunk, Sequence[Buffer]], None] | None = None,
         started: Callable[[Running], None] | None = None,
     ) -> Outcome:
         """Run one command: on another kernel if the first dies, at most `retries` times.
 
-        `deadline` is in seconds; what is left of an enclosing command's bounds it. Cancelling it cancels the
-        command in the kernel. `key` makes it run once, however often it is asked for.
+        What is left of an enclosing command's deadline bounds its own. Cancelling it cancels the command in the
+        kernel. A key makes it run once, however often it is asked for.
 
         Raises:
             BridgeError: what the kernel answered, or what became of the kernel. Nothing it wrote is kept then.
         """
         session.touch()
-        _check(deadline, retries, key)
+        _check(terms)
         prepared = prepare(request, session, self.store.vault)
-        parent = parent or CURRENT.get()
-        if key is not None:
-            return await self.recovery.once(session, prepared, key, deadline, retries, parent)
-        running = self.begin(session, prepared, deadline, parent, on_chunk=on_chunk)
+        if terms.parent is None and (parent := CURRENT.get()) is not None:
+            terms = terms._replace(parent=parent)
+        if terms.key is not None:
+            return await self.recovery.once(session, prepared, terms.key, terms)
+        running = self.begin(session, prepared, terms, on_chunk=on_chunk)
         if started is not None:
             started(running)
-        return await self.finish(running, retries)
+        return await self.finish(running, terms.retries)
 
     def begin(
         self,
         session: SessionState,
         prepared: Prepared,
-        deadline: float | None,
-        parent: Running | None,
+        terms: Terms,
         *,
         on_chunk: Callable[[Chunk, Sequence[Buffer]], None] | None = None,
-        key: str | None = None,
         begun: CommandBegun | None = None,
         journal: Journal | None = None,
     ) -> Running:
         """Take a command, and journal that it was taken; `begun` and `journal` are those of one that goes on."""
+        parent, deadline = terms.parent, terms.deadline
         depth = parent.depth + 1 if parent is not None else 0
         if depth > MAX_NESTING:
             raise LimitExceeded(
@@ -162,7 +157,7 @@ class Engine:
             until = parent.deadline if until is None else min(until, parent.deadline)
         trace = Trace.child_of(parent.trace.traceparent if parent is not None else None)
         if begun is None:
-            begun = self._begun(session, prepared, key)
+            begun = self._begun(session, prepared, terms.key)
             self.store.log.append([begun])
         return Running(begun, session, prepared, journal or Journal(), until, depth, trace, on_chunk)
 
@@ -425,10 +420,10 @@ class Engine:
         )
 
 
-def _check(deadline: float | None, retries: int, key: str | None) -> None:
-    if deadline is not None and not deadline > 0:
-        raise ValueError(f"a deadline is how many seconds there are, more than 0, not {deadline!r}")
-    if retries < 0:
-        raise ValueError(f"retries is how often a command may run again, 0 or more, not {retries!r}")
-    if key is not None and not 0 < len(key) <= 255:
-        raise ValueError(f"an idempotency key is a string of 1 to 255 characters, not {key!r}")
+def _check(terms: Terms) -> None:
+    if terms.deadline is not None and not terms.deadline > 0:
+        raise ValueError(f"a deadline is how many seconds there are, more than 0, not {terms.deadline!r}")
+    if terms.retries < 0:
+        raise ValueError(f"retries is how often a command may run again, 0 or more, not {terms.retries!r}")
+    if terms.key is not None and not 0 < len(terms.key) <= 255:
+        raise ValueError(f"an idempotency key is a string of 1 to 255 characters, not {terms.key!r}")

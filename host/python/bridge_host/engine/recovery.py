@@ -17,7 +17,7 @@ from ..values import ValueWriter
 from .callbacks import decode_asked, decode_reply
 from .commands import Request, StreamFunction, decode_request, prepare
 from .journal import Entry, Journal, Recorded, shown
-from .running import Outcome
+from .running import RETRIES, Outcome, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -129,7 +129,7 @@ class Recovery:
         replies: Mapping[str, Any] | None = None,
         rerun: Collection[str] = (),
         deadline: float | None = None,
-        retries: int = 2,
+        retries: int = RETRIES,
     ) -> Outcome:
         """Run an interrupted command again: what its tools answered before the host ended is not asked of them again.
 
@@ -150,7 +150,7 @@ class Recovery:
         session = self._store.peek(begun.session)
         entries = self._entries(unfinished, dict(replies or {}), set(rerun))
         prepared = prepare(request, session, self._store.vault)
-        running = self._engine.begin(session, prepared, deadline, None, begun=begun, journal=Journal(entries))
+        running = self._engine.begin(session, prepared, Terms(deadline, retries), begun=begun, journal=Journal(entries))
         running.attempt = unfinished.attempt
         self._resuming.add(id)
         try:
@@ -214,9 +214,7 @@ class Recovery:
         session: SessionState,
         prepared: Prepared,
         key: str,
-        deadline: float | None,
-        retries: int,
-        parent: Running | None,
+        terms: Terms,
     ) -> Outcome:
         """Run the command that has this key, unless it has run, or runs now, or was interrupted: then go on with that.
 
@@ -242,7 +240,7 @@ class Recovery:
         future.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody else asked
         self._by_key[name] = (digest, future)
         try:
-            outcome = await self._begin_or_resume(session, prepared, key, digest, deadline, retries, parent)
+            outcome = await self._begin_or_resume(session, prepared, key, digest, terms)
         except BaseException as exc:
             del self._by_key[name]
             future.set_exception(Cancelled() if isinstance(exc, asyncio.CancelledError) else exc)
@@ -257,17 +255,15 @@ class Recovery:
         prepared: Prepared,
         key: str,
         digest: bytes,
-        deadline: float | None,
-        retries: int,
-        parent: Running | None,
+        terms: Terms,
     ) -> Outcome:
         for unfinished in list(self._store.unfinished.values()):
             begun = unfinished.begun
             if (begun.session, begun.key) == (session.id, key):
                 _check_same(key, begun.digest, digest)
-                return await self.resume(begun.id, deadline=deadline, retries=retries)
-        running = self._engine.begin(session, prepared, deadline, parent, key=key)
-        return await self._engine.finish(running, retries)
+                return await self.resume(begun.id, deadline=terms.deadline, retries=terms.retries)
+        running = self._engine.begin(session, prepared, terms)
+        return await self._engine.finish(running, terms.retries)
 
 
 def _check_same(key: str, known: bytes, asked: bytes) -> None:

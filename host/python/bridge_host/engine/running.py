@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from .commands import Prepared
     from .journal import Journal
 
-__all__ = ("CURRENT", "CURRENT_CALL", "Outcome", "Running", "ToolCallInfo", "current_call")
+__all__ = ("CURRENT", "CURRENT_CALL", "RETRIES", "Outcome", "Running", "Terms", "ToolCallInfo", "current_call")
+
+RETRIES: Final = 2
+"""How often a command runs again, on another kernel, when its kernel dies."""
 
 
 class ToolCallInfo(msgspec.Struct, frozen=True):
@@ -38,6 +41,18 @@ class ToolCallInfo(msgspec.Struct, frozen=True):
     tool: str
     command: str
     session: str
+
+
+class Terms(NamedTuple):
+    """On which terms a command runs: `deadline` in seconds, `key` an idempotency key, `secrets` the names of those
+    that it gets, `parent` the command in whose tool it was sent.
+    """
+
+    deadline: float | None = None
+    retries: int = RETRIES
+    key: str | None = None
+    secrets: Sequence[str] = ()
+    parent: Running | None = None
 
 
 class Outcome(NamedTuple):

@@ -212,6 +212,29 @@ def test_a_history_that_is_ahead_of_the_facts_is_cut_there() -> None:
     assert [v.version for v in x.history] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("damaged", "where"),
+    [
+        (VariablePut("demo", "x", 4, 8, Stored.of(b'{"a', (), "dict"), 1.0), "session 'demo': variable 'x', version 4"),
+        (VariablePut("demo", "x", 4, 8, Stored.of(b'"\xff"', (), "str"), 1.0), "variable 'x', version 4"),
+        (TypePut("demo", "x", b"{"), "session 'demo': variable 'x', its type"),
+        (InstancePut("demo", instance("r-3", name="", state=Stored.of(b"", (), "dict"))), "instance 'r-3', state"),
+    ],
+    ids=["cut", "no text", "type", "instance"],
+)
+def test_what_was_damaged_in_the_store_is_named_and_never_exported(damaged: Fact, where: str) -> None:
+    with pytest.raises(StoreDamaged, match=f"{where}: what is stored is damaged") as caught:
+        export_sessions([*FULL, damaged], now=NOW)
+    assert caught.value.remedy
+
+
+def test_a_version_that_was_damaged_matters_only_to_an_export_of_histories() -> None:
+    cut = VariablePut("demo", "x", 1, 2, Stored.of(b"[1", (), "list"), 1.0)
+    export_sessions(FULL, now=NOW)
+    with pytest.raises(StoreDamaged, match="variable 'x', version 1"):
+        export_sessions(FULL, now=NOW, histories={"demo": {"x": [cut]}})
+
+
 # -- what is refused -----------------------------------------------------------
 
 
@@ -244,6 +267,10 @@ REFUSED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda e: e["sessions"].append(e["sessions"][0]), "the session 'demo' twice"),
     (lambda e: session_of(e).update(ttl=0), "ttl"),
     (lambda e: session_of(e).update(id=""), "id"),
+    (lambda e: session_of(e).update(version=2**63), "session 'demo': its version is a number of more than 64 bits"),
+    (lambda e: of_x(e)["current"].update(version=2**70), "variable 'x': a version is a number of more than 64 bits"),
+    (lambda e: of_x(e)["current"].update(restores=-(2**70)), "variable 'x': the version that one brought back is a"),
+    (set_in("instances", 0, version=2**70), "instance 'r-1': its version is a number of more than 64 bits"),
     (lambda e: session_of(e).pop("version"), "missing required field `version`"),
     (twice("variables"), "variable of session 'demo' 'gone' twice"),
     (twice("instances"), "instance of session 'demo' 'r-1' twice"),
@@ -367,3 +394,14 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
         write_file(path, full())
     assert path.read_text() == "older"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_that_is_not_there_is_named_and_so_is_a_path_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="make it first, or export to another") as caught:
+        write_file(tmp_path / "none" / "sessions.json", b"{}")
+    assert caught.value.filename == str(tmp_path / "none")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError, match="the export was not written") as refused:
+        write_file(tmp_path / "taken", b"{}")
+    assert refused.value.filename == str(tmp_path / "taken")
+    assert list(tmp_path.iterdir()) == [tmp_path / "taken"]

@@ -87,7 +87,7 @@ def test_another_way_that_forgets_only_readings_does_no_harm() -> None:
     assert ask(journal, get("x", 1))
     entry, forgotten = journal.match(2, "session.get", get("q", 2), ())
     assert entry is None
-    assert forgotten == 2
+    assert forgotten == (2, 3), "and nothing else, whatever came after them"
     assert not ask(journal, get("z", 3))
     journal.check_complete()
 
@@ -113,6 +113,16 @@ def test_a_journal_that_is_full_says_so_and_holds_no_more(monkeypatch: pytest.Mo
         ask(journal, get("x", n + 1))
     assert journal.overflowed
     assert len(journal) == 3
+    assert not journal.effects
+    ask(journal, tool("pay", seq=6))
+    assert journal.effects, "one that was not kept counts all the more"
+
+
+def test_an_effect_that_was_passed_over_is_noticed_before_the_next_tool_runs() -> None:
+    journal = first_attempt(tool("pay", "A", seq=1))
+    # The second time a write has taken the first place.
+    with pytest.raises(ReplayDiverged, match=r'was tool pay\("A"\).*was tool pay\("B"\)'):
+        ask(journal, tool("pay", "B", seq=2))
 
 
 def test_outside_of_a_tool_there_is_no_call() -> None:

@@ -21,6 +21,8 @@ from bridge_kernel.contract.frames import DELIMITER, comm_message
 from bridge_kernel.contract.messages import Failure, Request, Success, encode_request
 from bridge_kernel.contract.methods import COMMANDS
 from bridge_kernel.contract.telemetry import TELEMETRY_MIME
+from bridge_kernel.output import Output
+from bridge_kernel.sockets import Iopub
 from wire import Kernel, Wire, kernel_command, source, write_connection_file
 
 if TYPE_CHECKING:
@@ -1310,6 +1312,97 @@ def test_output_is_seen_while_the_command_still_runs(host: Wire) -> None:
     assert host.reply(command).error is None
 
 
+def test_finalizers_that_print_while_the_kernel_publishes_hold_nothing_up(start: Callable[..., Wire]) -> None:
+    host = start()
+    littered = source(
+        """
+        def litter(ctx, number):
+            import gc
+            gc.set_threshold(50)
+            class Bye:
+                def __del__(self):
+                    print("bye", flush=True)
+            for step in range(30 + number % 7):  # collected at each step of a send in its turn
+                bye = Bye()
+                bye.itself = bye
+                ctx.progress(step)
+            return number
+        """
+    )
+    commands = [host.call(littered, number) for number in range(200)]
+    assert [host.reply(command).value for command in commands] == list(range(200))
+    host.until_idle()
+    assert {line for command in commands for line in host.printed(command).splitlines()} == {"bye"}
+
+
+class Reentering:
+    """An XPUB socket within whose calls something is sent, as a finalizer does: once for each of `inner`."""
+
+    def __init__(self, *inner: list[bytes]) -> None:
+        self.frames: list[tuple[bytes, bool]] = []
+        self.inner = list(inner)
+        self.iopub = Iopub(self, None)  # type: ignore[arg-type]  # it has what is called here
+
+    def send(self, frame: bytes, flags: int = 0, copy: bool = True) -> None:
+        self._reenter()
+        self.frames.append((frame, bool(flags & zmq.SNDMORE)))
+        self._reenter()
+
+    def getsockopt(self, option: int) -> int:
+        self._reenter()
+        return 0
+
+    def _reenter(self) -> None:
+        if self.inner:
+            self.iopub.send(self.inner.pop(0))
+            self.iopub.subscriptions()
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_what_is_sent_within_a_send_follows_it_whole_and_in_order(count: int) -> None:
+    inner = [[b"%d" % number, b"x", b"y"] for number in range(count)]
+    socket = Reentering(*inner)
+    socket.iopub.send([b"outer", b"frames"])
+    sent = [(b"outer", True), (b"frames", False)]
+    for message in inner:
+        sent += [(message[0], True), (b"x", True), (b"y", False)]
+    assert socket.frames == sent
+
+
+def test_what_is_sent_within_a_look_at_the_subscriptions_is_sent_too() -> None:
+    socket = Reentering([b"one"], [b"two"])
+    assert socket.iopub.subscriptions() == []
+    assert socket.frames == [(b"one", False), (b"two", False)]
+
+
+def test_a_message_left_to_another_thread_is_what_it_was_when_it_was_given() -> None:
+    socket = Reentering()
+    data = bytearray(b"before")
+    socket.iopub._lock.acquire()
+    socket.iopub.send([b"topic", memoryview(data)])
+    data[:] = b"after!"
+    socket.iopub._lock.release()
+    socket.iopub.subscriptions()
+    assert socket.frames == [(b"topic", True), (b"before", False)]
+
+
+def test_what_is_printed_while_the_same_output_is_shown_comes_after_it_and_is_not_lost() -> None:
+    shown: list[tuple[str, str]] = []
+    late = ["second", "third"]
+
+    def publish(name: str, text: str) -> None:
+        shown.append((name, text))
+        if late:
+            output.write("stdout", late.pop(0))
+            output.flush()
+
+    output = Output(publish, 1000)
+    output.write("stdout", "first")
+    output.write("stderr", "beside")
+    output.flush()
+    assert shown == [("stdout", "first"), ("stderr", "beside"), ("stdout", "secondthird")]
+
+
 def test_output_beyond_the_limit_is_dropped_and_said_to_be(start: Callable[..., Wire]) -> None:
     host = start("--Policy.max_output_bytes=2000")
     command = host.call("def f():\n for _ in range(10_000): print('x' * 99)")
@@ -1688,6 +1781,42 @@ def test_a_kernel_whose_parent_was_killed_ends_with_all_that_it_started(
             with contextlib.suppress(psutil.NoSuchProcess):  # it may end of itself between the look and the kill
                 if not _gone(process):
                     process.kill()
+
+
+@pytest.mark.parametrize("held", ["the iopub socket", "the shield"])
+def test_a_kernel_that_is_stuck_while_it_publishes_still_ends_with_its_parent(tmp_path: Path, held: str) -> None:
+    stick = {
+        "the iopub socket": "next(o for o in gc.get_objects() if isinstance(o, sockets.Iopub))._lock.acquire()",
+        "the shield": "stops._lock.acquire()",
+    }[held]
+    stuck = f"""
+        def stick(path):
+            import gc
+            from bridge_kernel import sockets, stops
+            {stick}
+            open(path, 'w').close()
+    """
+    command = kernel_command(write_connection_file(tmp_path))
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, *command], stdout=subprocess.PIPE)
+    host = Wire(tmp_path / "kernel.json")
+    process = None
+    try:
+        host.expect(lambda m: m.kind == "iopub_welcome", "the kernel's welcome")
+        host.attach()
+        process = psutil.Process(host.run("os.getpid").value)
+        host.call(source(textwrap.dedent(stuck)), str(tmp_path / "stuck"))
+        host.until((tmp_path / "stuck").exists, "the held lock")
+        host.heard_of()  # answered or not: it publishes, which brings the lane to what is held
+        os.kill(parent.pid, signal.SIGKILL)
+        host.until(lambda: _gone(process), "the kernel's end", timeout_s=5)
+    finally:
+        host.close()
+        parent.kill()
+        parent.wait()
+        assert parent.stdout is not None
+        parent.stdout.close()
+        if process is not None and not _gone(process):
+            process.kill()
 
 
 def test_a_kernel_whose_parent_was_gone_before_it_started_ends_at_once(tmp_path: Path) -> None:

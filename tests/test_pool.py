@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge_host.display import table
 from bridge_host.pool import orphans
 from bridge_host.pool.admission import FairQueue
 from bridge_host.pool.breaker import Breaker, Change, Circuits
@@ -89,6 +90,8 @@ def test_a_full_queue_says_how_many_wait_and_how_long_it_would_take() -> None:
     queue.put("b", 3, wait_s=0)
     with pytest.raises(QueueFull, match="2 commands wait"):
         queue.put("c", 4, wait_s=0)
+    with pytest.raises(QueueFull, match="how long the wait would be is not known yet"):
+        queue.put("c", 4, wait_s=None)
 
 
 def test_what_is_cancelled_leaves_from_the_middle_and_makes_room() -> None:
@@ -217,6 +220,7 @@ def test_the_table_of_durations_is_bounded() -> None:
         ({"routing": "nearest"}, "nearest"),
         ({"heartbeat": None, "recycle": Recycle(rss_bytes=1)}, "rss_bytes"),
     ],
+    ids=str,
 )
 def test_options_that_make_no_sense_are_refused_at_once(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -225,6 +229,65 @@ def test_options_that_make_no_sense_are_refused_at_once(options: dict[str, Any],
         Recycle(age_s=-1)
     with pytest.raises(ValueError, match="failures"):
         Breaker(kernel_failures=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: PoolOptions(recycle=3), r"recycle is a Recycle\(commands=…, .*\) or None, not 3"),  # type: ignore[arg-type]
+        (lambda: PoolOptions(breaker=3), r"breaker is a Breaker\(kernel_failures=…, .*\), not 3"),  # type: ignore[arg-type]
+        (lambda: PoolOptions(heartbeat="x"), "heartbeat is in seconds, more than 0, or None for no heartbeat, not 'x'"),  # type: ignore[arg-type]
+        (lambda: PoolOptions(queue=True), "queue is a whole number, 0 or more, not True"),
+        (lambda: PoolOptions(concurrency=2.0), "concurrency is a whole number, 1 or more, not 2.0"),  # type: ignore[arg-type]
+        (lambda: PoolOptions(clock=5), "clock is a function that returns seconds, not 5"),  # type: ignore[arg-type]
+        (lambda: Recycle(commands="9"), "recycle: commands is a whole number, 1 or more, not '9'"),  # type: ignore[arg-type]
+        (lambda: Recycle(age_s=True), "recycle: age_s is in seconds"),
+        (lambda: Breaker(kernel_failures=1.5), "breaker: kernel_failures is a whole number"),  # type: ignore[arg-type]
+        (lambda: Breaker(cooldown_s="1"), "breaker: cooldown_s is in seconds, more than 0 and at most 300, not '1'"),  # type: ignore[arg-type]
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_option_of_another_type_is_refused_by_its_name_and_says_what_it_takes(
+    make: Callable[[], object], complaint: str
+) -> None:
+    with pytest.raises(TypeError, match=complaint):
+        make()
+
+
+def test_a_number_that_is_none_or_has_no_end_is_refused() -> None:
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="age_s"):
+            Recycle(age_s=value)
+        with pytest.raises(ValueError, match="heartbeat"):
+            PoolOptions(heartbeat=value)
+        with pytest.raises(ValueError, match="cooldown_s"):
+            Breaker(cooldown_s=value)
+
+
+# -- what people look at -----------------------------------------------------------
+
+
+def test_a_cell_or_a_title_with_newlines_or_control_characters_stays_in_its_row() -> None:
+    rows = [["a\nb", "\x1b[31mred\r\x00"], ["[bold]é\\[/bold] :smile:", "\u2028\u202e\ud800"]]
+    title, head, *drawn = table(["na\nme", "value"], rows, title="one\ntwo").splitlines()
+    assert title == r"one\ntwo"
+    assert head.split() == [r"na\nme", "value"]
+    assert [line.split("  ")[0] for line in drawn] == [r"a\nb", "[bold]é\\[/bold] :smile:"]
+    assert drawn[0].endswith(r"\x1b[31mred\r\x00")
+    assert drawn[1].endswith(r"\u2028\u202e\ud800")
+    shown = table(["name", "value"], [["a\n<b>", "\x00"]], html=True, title="one\ntwo<")
+    assert r">a\n&lt;b&gt;<" in shown
+    assert r">\x00<" in shown
+    assert r"<caption>one\ntwo&lt;</caption>" in shown
+
+
+@pytest.mark.parametrize("html", [False, True])
+def test_a_long_cell_is_shortened(html: bool) -> None:
+    drawn = table(["value"], [["x" * 80], ["y" * 81], ["\n" * 100_000]], html=html)
+    assert "x" * 80 in drawn
+    assert "y" * 79 + "…" in drawn
+    assert "y" * 80 not in drawn
+    assert drawn.count(r"\n") == 39
 
 
 # -- circuits ----------------------------------------------------------------------
@@ -446,7 +509,7 @@ async def test_a_full_queue_refuses_at_once_and_a_cancelled_command_makes_room()
         holder = await made.place()
         waiting = asyncio.ensure_future(made.place("a"))
         await until(lambda: made.pool.status().queue == 1, "it waits")
-        with pytest.raises(QueueFull, match="1 commands wait"):
+        with pytest.raises(QueueFull, match=r"1 commands wait.* not known yet"):  # no command has ended
             await made.place("a")
         (event,) = made.events("pool", "queue", "reject")
         assert (event["session"], event["waiting"]) == ("a", 1)

@@ -8,6 +8,7 @@ import sqlite3
 import threading
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy
 import pytest
 
@@ -22,7 +23,9 @@ from bridge_host import (
     QuotaExceeded,
     RemoteError,
 )
-from bridge_host.store import MemoryLog, Store
+from bridge_host.functions import FunctionSource
+from bridge_host.store import Commit, MemoryLog, Staged, Store, Write
+from bridge_host.store.facts import InstanceState
 from bridge_host.store.sqlite import SqliteLog
 from bridge_host.values import store as stored
 from conftest import KERNELSIDE
@@ -102,6 +105,24 @@ def test_undo_goes_back_step_by_step_and_each_step_is_a_version_of_its_own(sessi
     assert [v.restores for v in x.history()] == [None, None, None, 2, 1, 3]
     with pytest.raises(NotFound):
         x.revert(99)
+
+
+def test_undo_of_a_new_value_brings_back_what_was_there_before_it_an_undone_value_too(session: Session) -> None:
+    for value in "ABC":
+        session["x"] = value
+    x = session.variables["x"]
+    x.undo()
+    x.undo()
+    session["x"] = "D"
+    x.undo()
+    assert session["x"] == "A"
+    with pytest.raises(NotFound, match="nothing before version 1"):
+        x.undo()
+
+
+def test_a_value_that_python_cannot_write_out_breaks_no_table(session: Session) -> None:
+    session["big"] = 10**5000
+    assert "<int>" in repr(session.variables)
 
 
 def test_undo_brings_a_deleted_variable_back(session: Session) -> None:
@@ -284,6 +305,21 @@ def test_a_watcher_may_write_and_one_that_raises_is_closed_with_a_warning(sessio
     assert session["doubled"] == 6
 
 
+def test_a_watch_ends_with_its_session_and_hears_nothing_of_a_new_one_of_that_name(host: Host) -> None:
+    session = host.session("brief")
+    heard: list[Any] = []
+    session.watch(lambda change: heard.append(change.value))
+    changes = session.changes()
+    host.delete_session("brief")
+    assert list(changes) == []
+    again = host.session("brief")
+    done = threading.Event()
+    again.watch(lambda change: done.set())
+    again["x"] = 1
+    assert done.wait(30)
+    assert heard == []
+
+
 def test_asynchronous_watchers_run_on_the_loop_and_changes_can_be_iterated_over() -> None:
     async def main() -> tuple[list[Any], list[Any]]:
         async with AsyncHost(kernels=0) as host:
@@ -340,6 +376,65 @@ def test_what_is_freed_can_be_used_again(session: Session) -> None:
     assert session.describe().bytes == 0
 
 
+def test_what_a_command_writes_counts_together_before_it_is_committed() -> None:
+    state, _ = Store(quota=Quota(bytes=1000, count=3)).open("s")
+    state.set("there", stored("x" * 300, "there"))
+    staged = Staged(state)
+    staged.set("a", stored("x" * 500, "a"))
+    with pytest.raises(QuotaExceeded, match="bytes"):
+        staged.set("b", stored("x" * 300, "b"))
+    staged.set("a", stored("x" * 100, "a"))
+    staged.set("b", stored("x" * 300, "b"))
+    with pytest.raises(QuotaExceeded, match="would hold 4 things"):
+        staged.set("c", stored(1, "c"))
+    staged.delete("there")
+    staged.set("c", stored("x" * 300, "c"))
+    state.commit(staged.writes)
+    assert state.names() == ["a", "b", "c"]
+
+
+def test_a_function_that_is_replaced_counts_as_the_difference() -> None:
+    state, _ = Store(quota=Quota(bytes=1000)).open("s")
+    for size in (600, 600, 900, 100):
+        state.put_function(FunctionSource.make("f", "#" * size))
+    with pytest.raises(QuotaExceeded):
+        state.put_function(FunctionSource.make("f", "#" * 1001))
+    assert state.bytes == 100
+
+
+def test_so_many_deleted_variables_are_kept_and_then_only_their_names_can_be_used() -> None:
+    state, _ = Store(quota=Quota(count=3)).open("s")
+    for i in range(3):
+        state.set(f"v{i}", stored(i, "v"))
+        state.delete(f"v{i}")
+    with pytest.raises(QuotaExceeded, match="versions of 3 deleted variables") as refused:
+        state.set("new", stored(1, "new"))
+    assert "names again" in refused.value.remedy
+    with pytest.raises(QuotaExceeded, match="deleted variables"):
+        Staged(state).set("new", stored(1, "new"))
+    assert state.set("v0", stored(1, "v0")).versions == {"v0": 3}
+    state.set("new", stored(1, "new"))
+
+
+def test_a_write_returns_its_own_version_whoever_writes_meanwhile(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, x = session._state, session.variables
+    session["x"] = 0
+    real = state.commit
+
+    def overtaken(*args: Any, **options: Any) -> Commit:
+        commit = real(*args, **options)
+        real({"x": Write(stored("another's", "x"))})
+        return commit
+
+    monkeypatch.setattr(state, "commit", overtaken)
+    assert (x["x"].set(1), x["x"].revert(2)) == (2, 4)
+    assert [(v.version, v.value) for v in x["x"].history()] == [
+        (1, 0), (2, 1), (3, "another's"), (4, 1), (5, "another's"),
+    ]  # fmt: skip
+
+
 def test_a_session_that_is_not_used_expires_with_all_it_owns(clocked: tuple[Store, Clock]) -> None:
     store, clock = clocked
     state, _ = store.open("s", ttl=60)
@@ -364,9 +459,42 @@ def test_a_session_at_work_does_not_expire(clocked: tuple[Store, Clock]) -> None
     state, _ = store.open("s", ttl=60)
     state.busy += 1
     clock.now += 1000
-    assert store.sweep()[0] == []
+    assert store.sweep() == ([], None), "when it will end is not known"
+    store.open("later", ttl=60)
+    assert store.sweep() == ([], clock.now + 60)
     state.busy -= 1
     assert store.sweep()[0] == ["s"]
+
+
+def test_a_session_that_has_expired_makes_room_for_itself() -> None:
+    clock = Clock()
+    store = Store(quota=Quota(sessions=1), clock=clock)
+    store.open("s", ttl=60)[0].set("x", stored(1, "x"))
+    clock.now += 60
+    assert store.open("s", ttl=60)[0].names() == []
+    with pytest.raises(QuotaExceeded):
+        store.open("t")
+
+
+def test_a_host_does_not_keep_looking_whether_a_session_at_work_has_expired(host: Host) -> None:
+    store, looked = host._host.engine.store, threading.Event()
+    ends: list[float | None] = []
+    state = host.session("at work", ttl=3600)._state
+    state.busy += 1
+    state.used -= 4000
+    real = store.sweep
+
+    def seen() -> tuple[list[str], float | None]:
+        found = real()
+        ends.append(found[1])
+        looked.set()
+        return found
+
+    store.sweep = seen  # type: ignore[method-assign]
+    later = host.session("wakes it", ttl=3600)._state
+    assert looked.wait(20)
+    assert ends[-1] == later.expires
+    state.busy -= 1
 
 
 def test_time_goes_on_while_the_store_is_closed(tmp_path: Path) -> None:
@@ -492,6 +620,54 @@ def test_instances_can_be_named_copied_and_released(working: Host) -> None:
         session.release("twin")
     with pytest.raises(TypeError, match="by its name or ref"):
         session.release(5)
+
+
+def test_of_copies_that_are_made_at_once_under_one_name_there_is_one(session: Session) -> None:
+    put_instance(session, "i")
+    for round in range(20):
+        start = threading.Barrier(4)
+        refused: list[Any] = []
+
+        def copy(name: str = f"twin {round}", start: threading.Barrier = start, refused: list[Any] = refused) -> None:
+            start.wait()
+            try:
+                session.copy("i", name=name)
+            except Conflict as exc:
+                refused.append(exc)
+
+        threads = [threading.Thread(target=copy) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(refused) == 3
+        session.release(f"twin {round}")
+
+
+def test_a_copy_is_refused_if_another_takes_its_name_at_the_last_moment(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_instance(session, "i")
+    state = session._state
+    real = state.put_instance
+
+    def overtaken(instance: InstanceState) -> Commit:
+        real(msgspec.structs.replace(instance, ref="first"))
+        return real(instance)
+
+    monkeypatch.setattr(state, "put_instance", overtaken)
+    with pytest.raises(Conflict, match="is called 'twin'"):
+        session.copy("i", name="twin")
+    assert sorted(state.instances) == ["first", "i"]
+
+
+def put_instance(session: Session, ref: str) -> None:
+    empty = stored({}, "state")
+    session._state.put_instance(
+        InstanceState(
+            ref=ref, cls="C", args=empty, kwargs=empty, adapter="bridge", state=empty, sha256=None, methods=()
+        )
+    )
 
 
 def test_state_that_is_data_can_be_looked_at_without_a_kernel(working: Host) -> None:

@@ -28,14 +28,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bridge_host.functions import FunctionSource
-from bridge_host.store import Write, migrations
+from bridge_host.store import Quota, Unfinished, Write, migrations
 from bridge_host.store import facts as f
 from bridge_host.store.log import KEPT_BYTES, KEPT_COMMANDS, KEPT_VERSIONS, Log, MemoryLog
 from bridge_host.store.owner import Owner
 from bridge_host.store.sqlite import SqliteLog
 from bridge_host.store.store import Store
 from bridge_host.values import Stored, store
-from bridge_kernel.contract.errors import LimitExceeded, StoreDamaged, StoreFailed, StoreLocked
+from bridge_kernel.contract.errors import LimitExceeded, NotFound, QuotaExceeded, StoreDamaged, StoreFailed, StoreLocked
 from bridge_kernel.contract.methods import LM
 
 if TYPE_CHECKING:
@@ -100,7 +100,13 @@ JOURNAL: list[f.Fact] = [
     f.CommandBegun("c2", "a", "instance.call", "deposit", "key", b"d", b"", False, 4.75),
     f.CommandEnded("c2", "ValueError: no", b"result", 5.0, 1, 2),
 ]
-"""Facts as `load` gives them back; the files in store_formats were made with them, from format 3 on with NAMED too."""
+"""Facts to keep; the files in store_formats were made with them, from format 3 on with NAMED too."""
+KEYED: list[f.Fact] = [
+    f.CommandBegun("c3", "a", "instance.create", "Account", "new", b"d", b"which", False, 4.8),
+    f.CommandEnded("c3", None, b"result", 5.1, 1, 0),
+]
+LASTING = JOURNAL[:5] + KEYED
+"""Of the journal, what `load` gives back: what failed is not to be known again."""
 
 
 @pytest.fixture
@@ -185,8 +191,8 @@ def outcome(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def test_every_kind_of_fact_is_there_when_the_file_is_opened_again(path: str) -> None:
-    keep(path, SESSIONS, JOURNAL)
-    assert loaded(path) == SESSIONS + JOURNAL
+    keep(path, SESSIONS, JOURNAL, KEYED)
+    assert loaded(path) == SESSIONS + LASTING
 
 
 def test_a_fact_that_takes_away_takes_away(path: str) -> None:
@@ -197,12 +203,18 @@ def test_a_fact_that_takes_away_takes_away(path: str) -> None:
             f.TypePut("a", "x", None),
             f.SecretForgotten("a", "KEY"),
             f.InstanceForgotten("a", "i-1"),
-            f.CallbacksForgotten("c1", 1),
+            f.CallbacksForgotten("c1", (1,)),
             f.CommandForgotten("c2"),
             f.SessionForgotten("b ü"),
         ],
     )
     assert loaded(path) == [SESSIONS[0], SESSIONS[3], *SESSIONS[6:8], *JOURNAL[:4]]
+
+
+def test_of_a_commands_callbacks_just_those_are_forgotten_that_are_named(path: str) -> None:
+    calls = [f.CallbackMade("c", n, n, "session.get", "x", b"d", b"r") for n in range(5)]
+    keep(path, [session(), begun("c"), *calls], [f.CallbacksForgotten("c", (1, 3)), f.CallbacksForgotten("c", ())])
+    assert loaded(path) == [session(), begun("c"), calls[0], calls[2], calls[4]]
 
 
 def test_the_last_of_equal_facts_counts(path: str) -> None:
@@ -284,6 +296,30 @@ def test_so_many_finished_commands_are_remembered_and_every_one_with_a_key(eithe
         either.append([fact for i in range(n, n + 50) for fact in (begun(f"c{i}"), ended(f"c{i}"))])
     ids = [c.begun.id for c in either.commands()]
     assert ids == ["keyed", "unfinished", *(f"c{i}" for i in range(50, KEPT_COMMANDS + 50))]
+
+
+def test_commands_that_failed_with_a_key_are_forgotten_like_those_without_one(either: Log) -> None:
+    either.append([begun("good", "key"), ended("good", b"result")])
+    for n in range(0, KEPT_COMMANDS + 50, 50):
+        ends = [f.CommandEnded(f"c{i}", "ValueError: no", b"half", 5.5, 1, 0) for i in range(n, n + 50)]
+        either.append([fact for end in ends for fact in (begun(end.id, f"key {end.id}"), end)])
+    commands = either.commands()
+    assert [c.begun.id for c in commands] == ["good", *(f"c{i}" for i in range(50, KEPT_COMMANDS + 50))]
+    assert [c.ended.result for c in commands if c.ended is not None][:2] == [b"result", None]
+    assert {c.begun.request for c in commands} == {b""}
+
+
+def test_a_session_is_forgotten_at_the_cost_of_what_it_owns(either: Log) -> None:
+    for id in "st":
+        either.append([session(id), put("x", 1, 1, id), put("x", 2, 2, id)])
+        either.append([begun(f"{id}1", session=id), begun(f"{id}2", "key", session=id), ended(f"{id}2", b"")])
+    either.append([f.SessionForgotten("s")])
+    assert [c.begun.id for c in either.commands()] == ["t1", "t2"]
+    assert (either.histories("s"), list(either.histories("t"))) == ({}, ["x"])
+    if isinstance(either, MemoryLog):
+        assert [list(kept) for kept in (either._of_session, either._old_bytes, either._versions)] == [["t"]] * 3
+        either.append([f.CommandForgotten("t1"), f.CommandForgotten("t2")])
+        assert (either._commands, either._of_session) == ({}, {})
 
 
 def test_callbacks_of_a_command_that_is_gone_leave_nothing(path: str) -> None:
@@ -809,6 +845,141 @@ def test_a_row_that_somebody_has_edited_is_named(path: str, edit: str, named: st
         assert named in str(caught.value)
 
 
+# -- commands, and the sessions whose they are -----------------------------------------------
+
+
+def with_key(number: int, *, key: str = "key", session: str = "s", ended: float = 5.5) -> Any:
+    begun = f.CommandBegun(f"k{number}", session, "function.call", "f", key, b"digest", b"r" * 1000, False, 4.5)
+    return begun, f.CommandEnded(begun.id, None, b"result", ended, 1, 0)
+
+
+def test_what_came_of_a_key_is_known_with_its_commit_and_when_the_store_is_opened_again(path: str) -> None:
+    opened = Store(SqliteLog(path), no_vault)
+    state, _ = opened.open("s")
+    made = f.CommandBegun("m", "s", "instance.create", "Account", "new", b"d", b"which", False, 4.5)
+    opened.log.append([with_key(1)[0], made])
+    commit = state.commit({"x": Write(val(1))}, finished=with_key(1))
+    state.commit({}, finished=(made, ended("m", b"made")))
+    assert state.finished["key"].number == commit.number
+    assert [done.begun.request for done in state.finished.values()] == [b"", b"which"]
+    assert state.bytes == val(1).size + len(b"result" + b"made" + b"which")
+    before = {key: done[:2] for key, done in state.finished.items()}
+    opened.close()
+    with contextlib.closing(Store(SqliteLog(path), no_vault)) as opened:
+        again = opened.peek("s")
+        assert {key: done[:2] for key, done in again.finished.items()} == before
+        assert (again.bytes, {done.number for done in again.finished.values()}) == (state.bytes, {0})
+        opened.forget_keys(before=6.0)
+        assert (again.finished, again.bytes) == ({}, val(1).size)
+        assert opened.log.commands() == []
+
+
+def test_a_result_that_is_too_much_is_refused_with_all_that_comes_with_it() -> None:
+    state, _ = Store(quota=Quota(bytes=10)).open("s")
+    begun, _ = with_key(1)
+    with pytest.raises(QuotaExceeded, match="would hold 11 bytes"):
+        state.commit({"x": Write(val(1))}, finished=(begun, ended(begun.id, bytes(10))))
+    assert (state.names(), state.finished, state.bytes) == ([], {}, 0)
+
+
+def test_keys_are_forgotten_from_the_oldest_on_to_the_first_that_is_young() -> None:
+    opened = Store()
+    for id in "st":
+        state, _ = opened.open(id)
+        for n in range(4):
+            state.commit({}, finished=with_key(n, key=f"k{n}", session=id, ended=float(n)))
+    opened.forget_keys(before=2.0)
+    assert [list(opened.peek(id).finished) for id in "st"] == [["k2", "k3"]] * 2
+
+
+def test_to_forget_keys_does_not_mind_a_session_that_goes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Store()
+    for id in "st":
+        opened.open(id)[0].commit({}, finished=with_key(1, session=id))
+    every, number = opened._all(), opened.delete("s")
+    monkeypatch.setattr(opened, "_all", lambda: every)
+    opened.forget_keys(before=6.0)
+    assert (number, opened.peek("t").finished) == (0, {})
+
+
+def test_a_command_that_ends_after_its_session_leaves_nothing() -> None:
+    opened = Store()
+    state, _ = opened.open("s")
+    opened.delete("s")
+    opened.open("s")
+    with pytest.raises(NotFound):
+        state.commit({}, finished=with_key(1))
+    assert (state.finished, opened.peek("s").finished) == ({}, {})
+
+
+def test_unfinished_commands_are_found_in_the_order_in_which_they_began_and_go_with_their_session() -> None:
+    opened = Store()
+    for id in "st":
+        opened.open(id)
+    for n, id in enumerate("tstsx"):
+        opened.add_unfinished(Unfinished(msgspec.structs.replace(begun(f"c{n}", session=id), began=float(n))))
+    assert [u.begun.id for u in opened.unfinished_commands()] == ["c0", "c1", "c2", "c3"]
+    assert list(opened.peek("t").unfinished) == ["c0", "c2"]
+    found = opened.find_unfinished("c2")
+    assert found is opened.peek("t").unfinished["c2"]
+    opened.delete("s")
+    opened.remove_unfinished("c0")
+    opened.remove_unfinished("never")
+    assert [u.begun.id for u in opened.unfinished_commands()] == ["c2"]
+    assert opened.find_unfinished("c1") is opened.find_unfinished("c0") is None
+
+
+def test_a_command_that_began_while_its_session_was_deleted_is_dropped_when_the_store_is_opened(path: str) -> None:
+    call = f.CallbackMade("late", 0, 1, "tool.call", "pay", b"d", b"r")
+    keep(path, [session("s"), session("t"), begun("own", session="t")], [f.SessionForgotten("s")])
+    keep(path, [begun("late", session="s"), begun("done", "key", session="s"), ended("done", b""), call])
+    with contextlib.closing(Store(SqliteLog(path), no_vault)) as opened:
+        assert [u.begun.id for u in opened.unfinished_commands()] == ["own"]
+    assert sql(path, "SELECT id FROM commands") == [("own",)]
+
+
+def test_a_session_that_cannot_be_forgotten_stays_with_all_it_owns(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(Store(SqliteLog(path), no_vault)) as opened:
+        state, _ = opened.open("s")
+        opened.add_unfinished(Unfinished(begun("c")))
+        with monkeypatch.context() as patch:
+            patch.setattr(opened.log, "append", no_space)
+            with pytest.raises(StoreFailed):
+                opened.delete("s")
+        assert (opened.peek("s"), list(state.unfinished)) == (state, ["c"])
+        assert opened.find_unfinished("c") is not None
+        opened.delete("s")
+        assert (list(opened), opened.unfinished_commands()) == ([], [])
+
+
+def no_space(facts: Any) -> int:
+    raise StoreFailed("no space left on device")
+
+
+def test_a_store_that_fails_while_it_closes_lets_go_of_its_file(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Store(SqliteLog(path), no_vault)
+    opened.open("s", ttl=60)
+    monkeypatch.setattr(opened.log, "append", no_space)
+    with pytest.raises(StoreFailed, match="no space"):
+        opened.close()
+    with contextlib.closing(Store(SqliteLog(path), no_vault)) as opened:
+        assert list(opened) == ["s"]
+
+
+def test_a_session_is_described_by_facts_without_a_look_at_the_log(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.closing(Store(SqliteLog(path), no_vault)) as opened:
+        state, _ = opened.open("s")
+        for value in (1, 2, None, 3):
+            state.commit({"x": Write(None if value is None else val(value), None, value), "y": Write(val(value))})
+        newest = [versions[-1] for versions in opened.log.histories("s").values()]
+    with contextlib.closing(Store(SqliteLog(path), no_vault)) as opened:
+        for read in ("history", "histories", "commands", "wait"):
+            monkeypatch.setattr(SqliteLog, read, None)
+        puts = [fact for fact in opened.peek("s").facts() if isinstance(fact, f.VariablePut)]
+        monkeypatch.undo()
+    assert puts == newest
+
+
 # -- formats -----------------------------------------------------------------------------------
 
 
@@ -827,9 +998,9 @@ def shape(path: str) -> list[Any]:
 def test_a_store_of_each_format_opens_and_holds_what_it_held(path: str, format: int) -> None:
     frozen(path, format)
     sessions = [*SESSIONS[:4], NAMED, *SESSIONS[4:]] if format >= 3 else SESSIONS
-    assert loaded(path) == sessions + (JOURNAL if format >= 2 else [])
-    keep(path, JOURNAL)
-    assert loaded(path) == sessions + JOURNAL
+    assert loaded(path) == sessions + (JOURNAL[:5] if format >= 2 else [])
+    keep(path, JOURNAL, KEYED)
+    assert loaded(path) == sessions + LASTING
     copies = [f"bridge.db.v{format}"] if format < len(migrations.STEPS) else []
     assert sorted(os.listdir(os.path.dirname(path))) == ["bridge.db", *copies]
 
@@ -932,9 +1103,9 @@ def plain(store: Store) -> _PlainStore:
         assert {n: state.get(n).value for n in state.names()} == {
             n: p[-1].value for n, p in versions.items() if p[-1].value
         }
-    for id, unfinished in store.unfinished.items():
+    for unfinished in store.unfinished_commands():
         replies = [unfinished.answered.get(call.n) for call in unfinished.made]
-        there.commands[id] = _PlainCommand(unfinished.begun.session, unfinished.attempt, replies)
+        there.commands[unfinished.begun.id] = _PlainCommand(unfinished.begun.session, unfinished.attempt, replies)
     return there
 
 
@@ -1005,7 +1176,8 @@ class CrashingStore(RuleBasedStateMachine):
         read = known.instances.get(ref, 0)
         known.instances[ref] = read + 1
         known.version += 1
-        commit = self.store.peek(session).commit({}, instances=[(instance(ref, read + 1), read)])
+        unnamed = msgspec.structs.replace(instance(ref, read + 1), name="")
+        commit = self.store.peek(session).commit({}, instances=[(unnamed, read)])
         self.committed(commit.number)
 
     @precondition(lambda self: self.now.sessions)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from bridge_host.store.schemas import MAX_SCHEMA_BYTES
 from bridge_host.store.types import VariableType
 from bridge_host.values import Stored, store
-from bridge_kernel.contract.errors import InvalidValue
+from bridge_kernel.contract.errors import InvalidValue, MalformedValue
 from bridge_kernel.contract.values import Record, Ref
 
 
@@ -191,6 +191,37 @@ def test_a_value_that_cannot_be_read_is_refused() -> None:
     unreadable = Stored(msgspec.Raw(b'{"$bridge":"bytes","buffer":3}'), (), "bytes")
     with pytest.raises(InvalidValue, match="MalformedValue"):
         make(bytes).check("x", unreadable)
+
+
+@pytest.mark.parametrize("kind", [make(float), make("tensor"), make("embedding"), make("module")], ids=str)
+def test_a_stored_value_that_was_damaged_is_said_to_be_of_the_variable(kind: VariableType) -> None:
+    damaged = Stored.of(b'{"$bridge":"nda', (), "ndarray")
+    with pytest.raises(MalformedValue, match=r"^rate: the stored value is damaged") as caught:
+        kind.check("rate", damaged)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("pattern", "good", "bad"),
+    [
+        ("^[a-z]+$", ["ab"], ["ab\n", "ab\nc", "\n"]),
+        ("^(a|b$)", ["b", "ab\n"], ["b\n"]),
+        (r"^\$[$^]\\$", ["$$\\", "$^\\"], ["$$\\\n", "$"]),
+        (r"^[\]$]x?[^$]$", ["$xa", "]a"], ["$xa\n", "$x$"]),
+    ],
+)
+def test_the_end_in_a_pattern_is_the_very_end(pattern: str, good: list[str], bad: list[str]) -> None:
+    text = make(str, pattern=pattern)
+    assert [value for value in good if not fits(text, value)] == []
+    assert [value for value in bad if fits(text, value)] == []
+    assert text.schema["pattern"] == pattern
+    assert pattern in str(refusal(text, bad[0]))
+    for closed in ("additionalProperties", "unevaluatedProperties"):
+        members = make({"type": "object", "patternProperties": {pattern: {"type": "integer"}}, closed: False})
+        assert [value for value in good if not fits(members, {value: 1}) or fits(members, {value: "x"})] == []
+        assert [value for value in bad if fits(members, {value: 1})] == []
+    names = make({"patternProperties": {pattern: {"type": "integer"}}})
+    assert [value for value in bad if not fits(names, {value: "x"})] == []
 
 
 def test_tensors_are_judged_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:

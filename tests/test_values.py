@@ -32,6 +32,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bridge_host.values import Stored
 from bridge_kernel.contract import values
 from bridge_kernel.contract.errors import BridgeError, LimitExceeded, MalformedValue, NotSerializable
 from bridge_kernel.contract.values import (
@@ -827,3 +828,25 @@ def test_a_malformed_vector_raises_what_it_says(row: Any) -> None:
 
 def test_every_kind_has_a_vector() -> None:
     assert set(KINDS) == set(values._DECODERS)
+
+
+@pytest.mark.parametrize(
+    ("json", "buffers"),
+    [
+        (b"[1,", ()),
+        (b"", ()),
+        (b'"\xff"', ()),
+        (b"[" * 100_000, ()),
+        (b'{"$bridge":"by', ()),
+        (b'{"$bridge":"bytes","buffer":3}', ()),
+        (b'{"$bridge":"ndarray","dtype":"<f8","shape":[2],"buffer":0}', (b"short",)),
+    ],
+    ids=["cut", "empty", "no text", "deep", "cut tag", "no buffer", "short buffer"],
+)
+def test_a_value_that_was_damaged_at_rest_raises_a_malformed_value_that_names_it(
+    json: bytes, buffers: tuple[bytes, ...]
+) -> None:
+    stored = Stored.of(json, buffers, "kind")
+    with pytest.raises(MalformedValue, match=r"^rate: ") as caught:
+        stored.read("rate")
+    assert "set it anew" in caught.value.remedy

@@ -290,3 +290,11 @@ def test_a_vault_does_not_let_itself_be_pickled() -> None:
     vault.seal(CLEAR)
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(vault)
+
+
+def test_a_fingerprint_is_the_same_with_the_same_key_and_another_with_another(tmp_path: Path) -> None:
+    one = Vault.beside(tmp_path / "bridge.db", keyring=False)
+    again = Vault.beside(tmp_path / "bridge.db", keyring=False)
+    other = Vault.in_memory()
+    assert one.fingerprint(b"4711") == again.fingerprint(b"4711") != one.fingerprint(b"4712")
+    assert other.fingerprint(b"4711") == other.fingerprint(b"4711") != one.fingerprint(b"4711")

@@ -104,7 +104,7 @@ class Lane:
     # -- the loop ----------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until a shutdown is asked for or the parent is gone."""
+        """Serve until a shutdown is asked for; when the parent is gone, `on_parent_death` is called on another thread."""
         poller = zmq.Poller()
         sockets = self._sockets
         incoming = [
@@ -118,7 +118,7 @@ class Lane:
         iopub_fd = sockets.iopub.fd
         poller.register(iopub_fd, zmq.POLLIN)
         if self._parent is not None and self._parent.fd is not None:
-            poller.register(self._parent.fd, zmq.POLLIN)
+            self._parent.poll_in_thread(self._on_parent_death)
         next_tick = 0.0
         while not self._stopping:
             now = time.monotonic()
@@ -135,9 +135,6 @@ class Lane:
                             send(target, source.recv_multipart(zmq.NOBLOCK))
             if iopub_fd in events:
                 self._check_subscriptions()
-            if self._parent is not None and self._parent.fd in events:
-                self._on_parent_death()
-                return
             now = time.monotonic()
             self._dispatcher.expire(now)
             if not events or len(self._runtime.unpublished) > MAX_UNPUBLISHED:

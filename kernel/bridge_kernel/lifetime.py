@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import select
 import shutil
 import signal
 import threading
@@ -45,9 +47,18 @@ class Parent:
         return self._pid == 0
 
     def poll_in_thread(self, on_death: Callable[[], None]) -> None:
-        """Watch by asking again and again: for systems without pidfd."""
+        """Watch on a thread of its own, which needs nothing that a command's code could keep from it.
+
+        Without pidfd, by asking again and again.
+        """
 
         def watch() -> None:
+            if self.fd is not None:
+                poll = select.poll()
+                poll.register(self.fd, select.POLLIN)
+                poll.poll()
+                on_death()
+                return
             with contextlib.suppress(ProcessLookupError):
                 while True:
                     os.kill(self._pid, 0)  # no signal: it only asks. Not getppid, which a wrapper would change
@@ -79,6 +90,7 @@ def end_group() -> None:
 
 def orphaned() -> None:
     """The parent is gone: clean up after it, and end."""
+    gc.disable()  # a finalizer of a command's may wait for ever for what a stuck thread holds
     remove_runtime_directory()
     end_group()
 

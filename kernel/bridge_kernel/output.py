@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import wraps
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ("CURRENT", "CommandStream", "Output", "capture", "inherit_in_threads")
 
 FLUSH_AT = 4096  # characters: a message a line would cost more than the lines
+GIVE_WAY_S = 1.0
+"""How long a flush waits for another that shows the same output, before it leaves its text to that one."""
+LIMIT_REACHED = ("stderr", "\n[output limit reached: the rest of what this command prints is dropped]\n")
 
 
 class HasOutput(Protocol):
@@ -40,36 +44,60 @@ class Output:
         self._secrets = secrets
         self._waiting: dict[str, str] = {}  # by stream: an end that may be the beginning of a secret
         self._left = max_bytes
-        self._parts: list[tuple[str, str]] = []
+        self._parts: deque[tuple[str, str]] = deque()
         self._size = 0
         # Reentrant: a signal handler or a finalizer may print while this thread prints.
         self._lock = threading.RLock()
+        self._showing = False
+        self._asked = False  # for one more round, by a flush that could not show its text itself
 
     def write(self, name: str, text: str) -> None:
-        with self._lock:
-            if self._left <= 0:
-                return
-            self._left -= len(text.encode("utf-8", "replace"))
-            if self._left <= 0:
-                text = "\n[output limit reached: the rest of what this command prints is dropped]\n"
-                name = "stderr"
-            self._parts.append((name, text))
-            self._size += len(text)
-            if self._size >= FLUSH_AT:
-                self.flush()
+        # Without the lock: a finalizer may print while its thread holds what whoever has the lock waits for.
+        # Between the two looks at what is left nothing is called, so no other thread gets its turn there.
+        part, size = (name, text), len(text.encode("utf-8", "replace"))
+        if self._left <= 0:
+            return
+        self._left -= size
+        self._parts.append(part if self._left > 0 else LIMIT_REACHED)
+        self._size += len(text)
+        if self._size >= FLUSH_AT:
+            self.flush()
 
     def flush(self, *, final: bool = False) -> None:
         """Send what there is, but for an end that could be the beginning of a secret, unless no more will come."""
-        with self._lock:
-            parts, self._parts, self._size = self._parts, [], 0
-            while parts:
-                name = parts[0][0]
-                count = next((i for i, part in enumerate(parts) if part[0] != name), len(parts))
-                self._show(name, "".join(text for _, text in parts[:count]), final=False)
-                del parts[:count]
-            if final:
-                for name in list(self._waiting):
-                    self._show(name, "", final=True)
+        while True:
+            if not self._lock.acquire(blocking=False):
+                self._asked = True
+                if not self._lock.acquire(timeout=GIVE_WAY_S):
+                    return  # whoever has the lock shows it
+            try:
+                if self._showing:
+                    self._asked = True  # within a flush of this thread: that one shows it
+                    return
+                self._showing, self._asked = True, False
+                try:
+                    self._show_all(final=final)
+                finally:
+                    self._showing = False
+            finally:
+                self._lock.release()
+            if not (self._asked and self._parts):
+                return
+
+    def _show_all(self, *, final: bool) -> None:
+        self._size = 0
+        parts = self._parts
+        for _ in range(len(parts)):
+            if not parts:
+                break
+            name, text = parts.popleft()
+            texts = [text]
+            while parts and parts[0][0] == name and len(texts) < FLUSH_AT:
+                texts.append(parts.popleft()[1])
+            self._show(name, "".join(texts), final=False)
+        if final:
+            for name in list(self._waiting):
+                self._show(name, "", final=True)
 
     def _show(self, name: str, text: str, *, final: bool) -> None:
         if self._secrets:

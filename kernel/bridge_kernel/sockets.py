@@ -7,13 +7,14 @@ import itertools
 import os
 import stat
 import threading
+from collections import deque
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import zmq
 
-from .contract.frames import FrameCodec, send
+from .contract.frames import COPY_LIMIT, FrameCodec, send
 from .stops import shielded
 
 if TYPE_CHECKING:
@@ -67,7 +68,11 @@ class ConnectionInfo(msgspec.Struct, frozen=True):
 
 
 class Iopub:
-    """The XPUB socket, written from any thread under one mutex: no thread of its own, so no hop.
+    """The XPUB socket, written from any thread, each message whole: no thread of its own, so no hop, and no waiting.
+
+    Who finds the socket taken leaves the message to whoever has it, who sends it before letting go. Waiting could be
+    for ever: garbage collection may run within a send, and a finalizer that prints sends on the very same thread, or
+    wants what another thread holds that wants to send.
 
     Nothing is ever dropped for a slow subscriber (no high-water mark); what one command can publish is
     bounded instead: streams by credit, output and telemetry by the policy.
@@ -76,26 +81,46 @@ class Iopub:
     def __init__(self, socket: zmq.Socket[bytes], publisher: Publisher) -> None:
         self._socket = socket
         self._publisher = publisher
-        self._lock = threading.Lock()
-        self._gone: list[bytes] = []
+        self._lock = threading.Lock()  # only ever tried, but by `close`
+        self._waiting: deque[list[Buffer]] = deque()
+        self._asked = False  # for the subscriptions, by a thread that may have found the socket taken
+        self._gone: deque[bytes] = deque()
 
     @property
     def fd(self) -> int:
         return int(self._socket.getsockopt(zmq.FD))
 
     def send(self, frames: Sequence[Buffer]) -> None:
-        with shielded(), self._lock:
-            send(self._socket, frames)
-            # The descriptor is edge-triggered: a subscription that arrived during the send would not wake the poller.
-            if int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
-                self._drain()
+        """Send after all that was given before; large frames may be read later, small ones are the caller's again."""
+        message = list(frames)
+        with shielded():
+            self._waiting.append(message)
+            if not self._serve():
+                for index, frame in enumerate(message):
+                    if type(frame) is not bytes and len(frame) < COPY_LIMIT:
+                        message[index] = bytes(frame)
 
     def subscriptions(self) -> list[bytes]:
         """Welcome new subscribers; return the topics that nobody subscribes to any more."""
-        with self._lock:
-            self._drain()
-            gone, self._gone = self._gone, []
-        return gone
+        self._asked = True
+        self._serve()
+        return [self._gone.popleft() for _ in range(len(self._gone))]
+
+    def _serve(self) -> bool:
+        """Send what waits and see who came; False if another call does so, on this thread or another."""
+        while self._lock.acquire(blocking=False):
+            try:
+                while self._waiting:
+                    send(self._socket, self._waiting.popleft())
+                self._asked = False
+                # The descriptor is edge-triggered: a subscription that came during a send would not wake the poller.
+                if int(self._socket.getsockopt(_EVENTS)) & _POLLIN:
+                    self._drain()
+            finally:
+                self._lock.release()
+            if not (self._waiting or self._asked):  # only now: what came before the release found the socket taken
+                return True
+        return False
 
     def _drain(self) -> None:
         while True:

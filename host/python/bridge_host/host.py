@@ -44,6 +44,7 @@ STATS_S: Final = 5.0
 KEYS_KEPT_S: Final = 24 * 3600.0
 """How long the result of a command with an idempotency key is kept."""
 SWEEP_S: Final = 60.0  # at least this often is looked for what has expired
+REST_S: Final = 0.05  # and so long not, after it was looked for: each time is a look at every session
 
 
 class HostOptions(TypedDict, total=False):
@@ -170,10 +171,11 @@ class AsyncHost:
         with anyio.CancelScope(shield=True):
             engine.closing = True
             engine.pool.refuse()
-            await engine.tasks.close()
-            await engine.pool.close()
-            await anyio.to_thread.run_sync(engine.watchers.close)
-            await anyio.to_thread.run_sync(engine.store.close)
+            async with contextlib.AsyncExitStack() as closing:  # each, whatever becomes of the others
+                closing.push_async_callback(_in_thread, engine.store.close)
+                closing.push_async_callback(_in_thread, engine.watchers.close)
+                closing.push_async_callback(engine.pool.close)
+                await engine.tasks.close()
 
     async def _sweep(self, engine: Engine) -> None:
         """Forget sessions as they expire."""
@@ -184,7 +186,7 @@ class AsyncHost:
             engine.store.forget_keys(engine.store.clock() - KEYS_KEPT_S)
             pause = SWEEP_S if next_end is None else next_end - engine.store.clock()
             self._swept = anyio.Event()
-            with anyio.move_on_after(min(max(pause, 0.01), SWEEP_S)):
+            with anyio.move_on_after(min(max(pause, REST_S), SWEEP_S)):
                 await self._swept.wait()
 
     @property
@@ -243,9 +245,10 @@ class AsyncHost:
         """
         store = self.engine.store
         states = [store.peek(id) for id in sessions or store]
-        histories = {state.id: store.log.histories(state.id) for state in states} if history else None
         tools = {state.id: sorted(state.tools) for state in states}
         facts = [fact for state in states for fact in state.facts()]
+        # After the facts: what is ahead of them is left out.
+        histories = {state.id: store.log.histories(state.id) for state in states} if history else None
         write_file(path, export_sessions(facts, now=store.clock(), histories=histories, tools=tools))
 
     def import_(self, path: str | os.PathLike[str]) -> list[str]:
@@ -353,6 +356,10 @@ class AsyncHost:
         if self._engine is None:
             return "<AsyncHost closed>"
         return f"<AsyncHost kernels={len(self._engine.pool.kernels)} sessions={len(self._engine.store)}>"
+
+
+async def _in_thread(function: Callable[[], None]) -> None:
+    await anyio.to_thread.run_sync(function)
 
 
 def _expired(id: str) -> dict[str, str | int | float | bool | None]:

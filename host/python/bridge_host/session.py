@@ -143,7 +143,8 @@ class SessionBase:
         """Call `callback(change)`, a function or a coroutine function, after each commit that changes the variable.
 
         Without a name: any variable. In the order of the commits, on a thread of its own (asynchronous ones: on the
-        host's loop), so it may do what it likes; a watcher that raises is closed, with a warning.
+        host's loop). A slow one holds up the other watchers, never who writes; one that raises is closed, with a warning,
+        and so are all with the end of the session. `Watch.missed` counts what it was too slow for.
         """
         return self._engine.watchers.watch(self.id, name, callback)
 
@@ -299,10 +300,7 @@ class SessionBase:
 
     def _copy(self, instance: Any, name: str) -> str:
         known = self._state.instance(self._ref(instance))
-        made = msgspec.structs.replace(known, ref=uuid.uuid4().hex, version=1, name="")
-        if name and any(other.name == name for other in self._state.instances.values()):
-            self._state.name_instance(known.ref, name)  # raises what there is to say
-        made = msgspec.structs.replace(made, name=name)
+        made = msgspec.structs.replace(known, ref=uuid.uuid4().hex, version=1, name=name)
         self._wait(self._state.put_instance(made).number)
         return made.ref
 

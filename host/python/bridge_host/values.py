@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 __all__ = ("Stored", "ValueReader", "ValueWriter", "store", "store_tree")
 
 _decode: Final = msgspec.json.Decoder().decode
+_AT_REST: Final = (
+    "It is not what was written, or its class has changed since: set it anew, bring back an earlier version "
+    "(session.variables[name].revert), or restore the store from a copy."
+)
 
 
 def _as_tag(value: object) -> Tag | None:
@@ -76,13 +80,34 @@ class Stored(msgspec.Struct, frozen=True):
     def size(self) -> int:
         return len(self.json) + sum(map(len, self.buffers))
 
-    def tree(self) -> Any:
-        return _decode(self.json)
+    def tree(self, root: str = "value") -> Any:
+        """The JSON-able tree. Raises `MalformedValue`, as `read` does."""
+        try:
+            return _decode(self.json)
+        except (ValueError, RecursionError) as exc:
+            raise MalformedValue(f"{root}: the stored value is damaged: {exc}", remedy=_AT_REST) from exc
 
     def read(self, root: str, hook: Callable[[Tag], object] | None = None) -> Any:
-        """The value, made anew: changing it changes nothing here."""
-        tree = _decode(self.json)
-        return tree if self.plain else ValueReader(self.buffers, hook).read(tree, root)
+        """The value, made anew: changing it changes nothing here.
+
+        Raises:
+            MalformedValue: its bytes were damaged where they were kept. The message begins with `root`.
+        """
+        if not self.plain:
+            return self._read_tagged(root, hook)
+        try:
+            return _decode(self.json)
+        except (ValueError, RecursionError):
+            return self.tree(root)  # which says so
+
+    def _read_tagged(self, root: str, hook: Callable[[Tag], object] | None) -> Any:
+        tree = self.tree(root)
+        try:
+            return ValueReader(self.buffers, hook).read(tree, root)
+        except MalformedValue as exc:
+            if exc.remedy:  # a library that is missing, say
+                raise
+            raise MalformedValue(exc.message, remedy=_AT_REST) from exc
 
 
 def store(value: Any, root: str) -> Stored:

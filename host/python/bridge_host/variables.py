@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from bridge_kernel.contract.errors import NotFound
+from bridge_kernel.contract.errors import MalformedValue, NotFound
 
 from .display import Shown
 from .store import Write
@@ -96,9 +96,8 @@ class Variable:
         """Write it; returns its version. Raises `Conflict` unless it is at `if_version` (0: not there), `InvalidValue`."""
         state = self._access.state
         commit = state.set(self.name, store(value, self.name), if_version)
-        version = state.version_of(self.name)
         self._access.wait(commit.number)
-        return version
+        return commit.versions[self.name]
 
     def history(self) -> list[Version]:
         """Its versions, oldest first: the last 100, as far as those before the newest fit into 16 MiB."""
@@ -111,9 +110,8 @@ class Variable:
         if found is None:
             raise NotFound(f"version {version} of {self.name!r} is not kept", remedy="See .history().")
         commit = state.commit({self.name: Write(found.value, None, found.restores or found.version)})
-        number = state.version_of(self.name)
         self._access.wait(commit.number)
-        return number
+        return commit.versions[self.name]
 
     def undo(self) -> int:
         """Bring back what was there before the last change; again, what was there before that. Returns the new version.
@@ -123,7 +121,8 @@ class Variable:
         """
         versions = self._access.state.history(self.name)
         origin = versions[-1].restores or versions[-1].version
-        before = next((put for put in reversed(versions) if put.version < origin and put.restores is None), None)
+        # What an undo brought back has in front of it what it had the first time; anything else, whatever was there.
+        before = next((put for put in versions if put.version == origin - 1), None)
         if before is None:
             raise NotFound(f"there is nothing before version {origin} of {self.name!r}", remedy="See .history().")
         return self.revert(before.version)
@@ -157,7 +156,10 @@ class Variables(Shown, Mapping[str, Variable]):
     def _rows(self) -> tuple[list[str], list[list[str]]]:
         rows = []
         for info in self._access.state.variables():
-            shown = _shown(self[info.name].value)
+            try:
+                shown = _shown(self[info.name].value)
+            except MalformedValue:
+                shown = "(damaged)"
             rows.append([info.name, info.type, shown, str(info.version), f"{info.size:,}"])
         return ["variable", "type", "value", "version", "bytes"], rows
 
@@ -187,5 +189,8 @@ class Snapshot(Mapping[str, Any]):
 
 
 def _shown(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"

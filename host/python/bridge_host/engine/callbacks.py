@@ -189,15 +189,23 @@ class Callbacks:
             effect = not tool.idempotent
             entry = journal.record(params.seq, method, params, buffers, effect=effect)
             entry.waiting.append((client, id))
-            number = self._note(running, entry)
+            try:
+                number = self._note(running, entry)
+            except BridgeError as exc:
+                _answer_all(entry, Recorded(None, (), error_object(exc)))
+                return
             self._tasks.start_soon(self._run_tool, running, tool, entry, number if effect else 0)
             return
+        versions: dict[str, int] | None = None
+        try:
+            reply, versions = self._read(running, method, params)
+        except BridgeError as exc:
+            reply = Recorded(None, (), error_object(exc))  # what is not there is not there the second time either
         entry = journal.record(params.seq, method, params, buffers)
-        reply, versions = self._read(running, method, params)
         entry.reply = reply
+        _send(client, id, reply)
         if versions is not None and self._store.log.on_disk:
             self._note(running, entry, msgspec.msgpack.encode(_Kept(versions=versions)))
-        _send(client, id, reply)
 
     def _repeat(self, client: KernelClient, id: int | str, entry: Entry, running: Running) -> None:
         """Answer as the first time; a tool that still runs answers both."""
@@ -212,10 +220,13 @@ class Callbacks:
         if entry.reply is not None:
             _send(client, id, entry.reply)
             return
-        entry.waiting.append((client, id))
-        if entry.lost:
+        if not entry.lost:
+            entry.waiting.append((client, id))
+        else:
+            assert isinstance(entry.params, ToolCall)
+            tool = running.session.tool(entry.params.name)
             entry.lost = False
-            tool = running.session.tool(entry.params.name)  # type: ignore[attr-defined]
+            entry.waiting.append((client, id))
             self._tasks.start_soon(self._run_tool, running, tool, entry, 0)
 
     def _note(self, running: Running, entry: Entry, reply: bytes | None = None) -> int:
@@ -235,7 +246,8 @@ class Callbacks:
         asked = msgspec.msgpack.encode(_Asked(params, tuple(map(bytes, entry.buffers)), entry.effect))
         seal = self._store.vault.seal if running.prepared.secret else bytes
         about = entry.params.name if isinstance(entry.params, ToolCall) else ""
-        return CallbackMade(running.id, entry.n, entry.seq, entry.method, about, entry.digest, seal(asked))
+        digest = b"" if running.prepared.secret else entry.digest  # what it asked could be guessed from it
+        return CallbackMade(running.id, entry.n, entry.seq, entry.method, about, digest, seal(asked))
 
     def answered(self, running: Running, entry: Entry) -> bytes | None:
         """Its reply as it is journaled; None if there is none yet."""
@@ -359,8 +371,11 @@ class Callbacks:
             finally:
                 running.remove(scope)
             entry.reply = reply
-            if self._store.log.on_disk and (content := self.answered(running, entry)) is not None:
-                self._store.log.append([CallbackAnswered(running.id, entry.n, content)])
+            try:
+                if self._store.log.on_disk and (content := self.answered(running, entry)) is not None:
+                    self._store.log.append([CallbackAnswered(running.id, entry.n, content)])
+            except BridgeError as exc:
+                reply = Recorded(None, (), error_object(exc))  # the command ends with that: it cannot commit either
             _answer_all(entry, reply)
 
     async def _call(

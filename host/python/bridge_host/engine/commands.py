@@ -57,6 +57,7 @@ __all__ = (
     "result_of",
 )
 
+_encode: Final = msgspec.json.Encoder(order="deterministic").encode
 _results: Final = {name: msgspec.json.Decoder(m.result) for name, m in COMMANDS.items()}
 
 
@@ -162,7 +163,7 @@ class Prepared(NamedTuple):
         """The same for two commands that ask the same."""
         request = msgspec.structs.replace(self.request, ref="") if isinstance(self.request, Create) else self.request
         source = "" if self.source is None else self.source.hash
-        return hashlib.blake2b(msgspec.json.encode((request, source)), digest_size=16).digest()
+        return hashlib.blake2b(_encode((request, source)), digest_size=16).digest()
 
 
 def prepare(request: Request, session: SessionState, vault: Vault) -> Prepared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import sys
 import time
@@ -34,7 +35,7 @@ from .commands import Attempt, Prepared, prepare
 from .journal import Journal
 from .quarantine import Quarantine
 from .recovery import Recovery, keep_reply
-from .running import CURRENT, Outcome, Running, Terms
+from .running import CURRENT, LATE_S, Outcome, Running, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,7 +58,6 @@ SHARED_ATTEMPTS: Final = 2  # from the next on it runs alone: if that kernel die
 MAX_NESTING: Final = 64  # commands within tools within commands: more is a tool that calls itself
 MAX_BACKLOG: Final = 10_000  # batches on their way to the disk, before new commands wait for it
 TELEMETRY_S: Final = 0.02  # how long telemetry may wait to be read when nobody asks
-LATE_S: Final = 0.5  # how long after its deadline a kernel may still say so itself
 
 _decode_chunk: Final = msgspec.json.Decoder(Chunk).decode
 
@@ -91,6 +91,7 @@ class Engine:
         self.quarantine = Quarantine()
         self.recovery = Recovery(self)
         self.watchers = Watchers(store)
+        store.on_forget = self.watchers.forget
         self.pool: Pool  # set by the host: the pool needs the engine to listen to its kernels
         self.closing = False
         self._on_output = on_output
@@ -159,13 +160,14 @@ class Engine:
         if begun is None:
             begun = self._begun(session, prepared, terms.key)
             self.store.log.append([begun])
-        return Running(begun, session, prepared, journal or Journal(), until, depth, trace, on_chunk)
+        return Running(begun, session, prepared, journal or Journal(), until, parent, trace, on_chunk)
 
     def _begun(self, session: SessionState, prepared: Prepared, key: str | None) -> CommandBegun:
         log, vault = self.store.log, self.store.vault
         content = digest = b""
         if log.on_disk or key is not None:
-            digest = prepared.digest()
+            # Keyed if there are secrets: else what was asked could be guessed from it.
+            digest = vault.fingerprint(prepared.digest()) if prepared.secret else prepared.digest()
         if log.on_disk or key is not None:
             content = msgspec.json.encode(prepared.request)
             content = vault.seal(content) if prepared.secret else content
@@ -182,7 +184,9 @@ class Engine:
                 await self.store.log.durable(self.store.log.append(()))
             return Outcome(await self._attempts(running, retries), running.prepared, session)
         except BaseException as exc:
-            number = self._failed(running, exc)
+            number = 0
+            with contextlib.suppress(StoreFailed):  # told to whoever writes next: what ended this is what counts here
+                number = self._failed(running, exc)
             if number and running.journal.effects and isinstance(exc, BridgeError):
                 # Who is told that it failed must not find it among the interrupted, with its effects done.
                 await asyncio.shield(self.store.log.durable(number))
@@ -198,8 +202,8 @@ class Engine:
         # A host that closes has not ended its commands: they are listed when it is opened again.
         if self.closing or isinstance(error, HostClosed | StoreFailed) or running.session.deleted or running.committed:
             return 0
-        if running.begun.key is not None and isinstance(error, KernelDied | Quarantined):
-            # Whoever comes with the key again must not pay twice for what the kernels did.
+        if running.begun.key is not None and isinstance(error, KernelDied | Quarantined | DeadlineExceeded):
+            # Whoever comes with the key again must not pay twice: the command goes on then where it was.
             self.recovery.suspend(running)
             return 0
         name = "bridge.Cancelled" if isinstance(error, asyncio.CancelledError) else type_of(error)
@@ -285,11 +289,12 @@ class Engine:
             number = log.append([ended])
         else:
             number = running.session.commit(
-                staged.writes, instances=changes, facts=[ended], kept=len(result or b""), checked=True
+                staged.writes,
+                instances=changes,
+                facts=[ended],
+                finished=(begun, ended) if begun.key is not None else None,
             ).number
         running.committed = True
-        if begun.key is not None:
-            self.store.finished[running.session.id, begun.key] = (begun, ended)
         if log.on_disk and (staged.writes or changes or begun.key is not None or running.journal.effects):
             await asyncio.shield(log.durable(number))
         return reply

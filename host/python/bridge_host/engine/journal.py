@@ -112,6 +112,8 @@ class Journal:
         self._free: defaultdict[bytes, deque[Entry]] = defaultdict(deque)
         self.replaying = False
         self.overflowed = False
+        self.effects = any(entry.effect for entry in entries)
+        """Whether anything happened that must not happen twice."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -129,11 +131,11 @@ class Journal:
 
     def match(
         self, seq: int | None, method: str, params: Callback, buffers: Sequence[Buffer]
-    ) -> tuple[Entry | None, int]:
+    ) -> tuple[Entry | None, tuple[int, ...]]:
         """The recorded callback that this one repeats, or None if it is new.
 
-        The second member is the `n` from which on the record is now forgotten, because the command took another
-        way where it did no harm; 0 if nothing is.
+        The second member are the `n` of those that are now forgotten, because the command took another way where
+        that did no harm.
 
         Raises:
             ReplayDiverged: the command takes another way although a tool's effect has happened on the first.
@@ -141,28 +143,30 @@ class Journal:
         digest = digest_of(method, params, buffers)
         if seq is None:
             found = self._free.get(digest)
-            return (found.popleft() if found else None), 0
+            return (found.popleft() if found else None), ()
         entry = self._own.pop(seq, None)
         if entry is None and not isinstance(params, ToolCall):
-            return None, 0  # a reading that was not recorded: by itself it does no harm
+            return None, ()  # a reading that was not recorded: by itself it does no harm
         if entry is not None and entry.digest == digest:
             self.replaying = bool(self._own) or any(self._free.values())
-            return entry, 0
-        ahead = [other for other in self._own.values() if other.seq is not None and other.seq > seq]
-        if entry is not None:
-            ahead.append(entry)
-        if not ahead:
-            return None, 0
-        ahead.sort(key=lambda other: other.n)
-        if any(other.effect for other in ahead):
+            return entry, ()
+        left = list(self._own.values()) + ([entry] if entry is not None else [])
+        # Those behind were passed over without being asked for: a tool must not run before that is noticed.
+        effect = next((other for other in left if other.effect and self._judged(other, seq, params)), None)
+        if effect is not None:
             raise ReplayDiverged(
-                f"the first time, callback {ahead[0].seq} of the command was {ahead[0]!r}; when it ran again, callback "
+                f"the first time, callback {effect.seq} of the command was {effect!r}; when it ran again, callback "
                 f"{seq} was {shown(method, params)}"
             )
+        ahead = [other for other in left if other.seq is not None and other.seq >= seq]
         for other in ahead:
             self._own.pop(other.seq or 0, None)
             self._entries.pop(other.n, None)
-        return None, ahead[0].n
+        return None, tuple(sorted(other.n for other in ahead))
+
+    @staticmethod
+    def _judged(other: Entry, seq: int, params: Callback) -> bool:
+        return other.seq is not None and (other.seq >= seq or isinstance(params, ToolCall))
 
     def record(
         self, seq: int | None, method: str, params: Callback, buffers: Sequence[Buffer], *, effect: bool = False
@@ -170,6 +174,7 @@ class Journal:
         """A new callback."""
         entry = Entry(self._next, seq, method, params, buffers, effect=effect)
         self._next += 1
+        self.effects = self.effects or effect
         if len(self._entries) < MAX_CALLBACKS:
             self._entries[entry.n] = entry
         else:
@@ -179,11 +184,6 @@ class Journal:
     @property
     def entries(self) -> list[Entry]:
         return list(self._entries.values())
-
-    @property
-    def effects(self) -> bool:
-        """Whether anything happened that must not happen twice."""
-        return any(entry.effect for entry in self._entries.values())
 
     def check_complete(self) -> None:
         """Raise `ReplayDiverged` if a tool's effect has happened that the attempt which succeeded did not ask for."""

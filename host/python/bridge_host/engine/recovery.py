@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from bridge_kernel.contract.errors import Cancelled, Conflict, EffectInDoubt, InvalidParams, NotFound
+from bridge_kernel.contract.errors import (
+    Cancelled,
+    Conflict,
+    DeadlineExceeded,
+    EffectInDoubt,
+    HostClosed,
+    InvalidParams,
+    NotFound,
+    SecretUnreadable,
+)
 from bridge_kernel.contract.methods import ToolCall, ValueResult
 
 from ..client import Reply
@@ -17,13 +27,14 @@ from ..values import ValueWriter
 from .callbacks import decode_asked, decode_reply
 from .commands import Request, StreamFunction, decode_request, prepare
 from .journal import Entry, Journal, Recorded, shown
-from .running import RETRIES, Outcome, Terms
+from .running import LATE_S, RETRIES, Outcome, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
     from ..store import SessionState
     from ..store.facts import CallbackMade, CommandBegun
+    from ..store.model import Finished
     from .commands import Prepared
     from .engine import Engine
     from .running import Running
@@ -54,6 +65,8 @@ class Interrupted(msgspec.Struct, frozen=True, kw_only=True):
     attempts: int
     callbacks: int
     in_doubt: tuple[DoubtfulCall, ...] = ()
+    readable: bool = True
+    """False if it is sealed and the key is gone: it can be dropped, or resumed once the key is back."""
 
 
 class _KeptReply(msgspec.Struct, array_like=True):
@@ -72,7 +85,7 @@ class Recovery:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._store = engine.store
-        self._by_key: dict[tuple[str, str], tuple[bytes, asyncio.Future[Outcome]]] = {}
+        self._shared: dict[tuple[str, str], _Shared] = {}
         self._resuming: set[str] = set()
 
     # -- what a host that died left behind -------------------------------------------
@@ -80,8 +93,13 @@ class Recovery:
     def interrupted(self) -> list[Interrupted]:
         """The commands that were running when the host was last closed, or died, oldest first."""
         found = []
-        for unfinished in self._store.unfinished.values():
+        for unfinished in self._store.unfinished_commands():
             begun = unfinished.begun
+            readable, in_doubt = True, []
+            try:
+                in_doubt = self._doubtful(unfinished)
+            except SecretUnreadable:
+                readable = False
             found.append(
                 Interrupted(
                     id=begun.id,
@@ -92,7 +110,8 @@ class Recovery:
                     began=begun.began,
                     attempts=unfinished.attempt,
                     callbacks=len(unfinished.made),
-                    in_doubt=tuple(self._doubtful(unfinished)),
+                    in_doubt=tuple(in_doubt),
+                    readable=readable,
                 )
             )
         return found
@@ -106,12 +125,12 @@ class Recovery:
             unfinished.made.append(callbacks.made(running, entry))
             if (content := callbacks.answered(running, entry)) is not None:
                 unfinished.answered[entry.n] = content
-        self._store.unfinished[running.id] = unfinished
+        self._store.add_unfinished(unfinished)
 
     def _find(self, id: str) -> Unfinished:
-        unfinished = self._store.unfinished.get(id)
+        unfinished = self._store.find_unfinished(id)
         if unfinished is None or id in self._resuming:
-            there = ", ".join(sorted(self._store.unfinished)) or "none"
+            there = ", ".join(sorted(other.begun.id for other in self._store.unfinished_commands())) or "none"
             raise NotFound(f"there is no interrupted command {id!r}", remedy=f"There is: {there}.")
         return unfinished
 
@@ -119,7 +138,7 @@ class Recovery:
         """Forget an interrupted command; nothing that it wrote is kept. Raises `NotFound`."""
         self._find(id)
         number = self._store.log.append([CommandForgotten(id)])
-        del self._store.unfinished[id]
+        self._store.remove_unfinished(id)
         return number
 
     async def resume(
@@ -140,7 +159,10 @@ class Recovery:
             InvalidParams: it is a stream: nobody is there to read it. Drop it.
             NotFound: there is no such command, or its session is gone.
         """
-        unfinished = self._find(id)
+        terms = Terms(deadline, retries)
+        return await self._resume(self._find(id), dict(replies or {}), set(rerun), terms)
+
+    async def _resume(self, unfinished: Unfinished, replies: dict[str, Any], rerun: set[str], terms: Terms) -> Outcome:
         begun = unfinished.begun
         request = self.request_of(begun)
         if isinstance(request, StreamFunction):
@@ -148,18 +170,18 @@ class Recovery:
                 f"{begun.subject} is a stream, which nobody reads any more", remedy="host.drop(id), then stream anew."
             )
         session = self._store.peek(begun.session)
-        entries = self._entries(unfinished, dict(replies or {}), set(rerun))
+        entries = self._entries(unfinished, replies, rerun)
         prepared = prepare(request, session, self._store.vault)
-        running = self._engine.begin(session, prepared, Terms(deadline, retries), begun=begun, journal=Journal(entries))
+        running = self._engine.begin(session, prepared, terms, begun=begun, journal=Journal(entries))
         running.attempt = unfinished.attempt
-        self._resuming.add(id)
+        self._resuming.add(begun.id)
         try:
-            return await self._engine.finish(running, retries)
+            return await self._engine.finish(running, terms.retries)
         finally:
-            self._resuming.discard(id)
+            self._resuming.discard(begun.id)
             # Unless it was suspended once more, or the host is closing.
-            if not self._engine.closing and self._store.unfinished.get(id) is unfinished:
-                del self._store.unfinished[id]
+            if not self._engine.closing and self._store.find_unfinished(begun.id) is unfinished:
+                self._store.remove_unfinished(begun.id)
 
     def request_of(self, begun: CommandBegun) -> Request:
         """What a journaled command asked. Raises `SecretUnreadable` if it is sealed and the key is gone."""
@@ -209,61 +231,118 @@ class Recovery:
 
     # -- idempotency keys ------------------------------------------------------------
 
-    async def once(
-        self,
-        session: SessionState,
-        prepared: Prepared,
-        key: str,
-        terms: Terms,
-    ) -> Outcome:
+    async def once(self, session: SessionState, prepared: Prepared, key: str, terms: Terms) -> Outcome:
         """Run the command that has this key, unless it has run, or runs now, or was interrupted: then go on with that.
 
-        Only what succeeded is remembered: a command that failed runs anew.
+        Only what succeeded is remembered: a command that failed runs anew, one that lost its kernels or ran out of
+        time goes on where it was. Whoever gives up leaves the others
+        waiting; the command is cancelled with the last of them.
 
         Raises:
-            Conflict: the key is another command's.
+            Conflict: the key is another command's, or that of the very command in whose tool this is.
+            DeadlineExceeded: somebody else's run of it takes longer than this caller has.
         """
-        name, digest = (session.id, key), prepared.digest()
-        if (done := self._store.finished.get(name)) is not None:
-            begun, ended = done
-            _check_same(key, begun.digest, digest)
-            assert ended.result is not None
-            content = self._store.vault.unseal(ended.result) if begun.sealed else ended.result
-            kept = msgspec.msgpack.decode(content, type=_KeptReply)
-            request = self.request_of(begun) if begun.request else prepared.request
-            return Outcome(Reply(msgspec.Raw(kept.result), kept.buffers), prepared._replace(request=request), session)
-        if (runs := self._by_key.get(name)) is not None:
-            _check_same(key, runs[0], digest)
-            # Shielded: who asked first must not lose it because who asked second gave up.
-            return await asyncio.shield(runs[1])
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody else asked
-        self._by_key[name] = (digest, future)
+        name, digest = (session.id, key), self._fingerprint(prepared)
+        if (done := session.finished.get(key)) is not None:
+            _check_same(key, done.begun.digest, digest)
+            await self._store.log.durable(done.number)  # who ran it may still be waiting for the disk
+            return self._outcome(session, prepared, done)
+        ancestor = terms.parent
+        while ancestor is not None:
+            if (ancestor.session.id, ancestor.begun.key) == name:
+                raise Conflict(
+                    f"the command with the key {key!r} would wait for itself: its own tool sends it again",
+                    remedy="Give the inner command a key of its own.",
+                )
+            ancestor = ancestor.parent
+        until = None if terms.deadline is None else time.monotonic() + terms.deadline
+        while True:
+            shared = self._shared.get(name)
+            begun_here = shared is None
+            if shared is None:
+                shared = self._shared[name] = _Shared(digest)
+                if not self._engine.tasks.start_soon(self._run_shared, name, shared, session, prepared, terms):
+                    del self._shared[name]
+                    raise HostClosed
+            _check_same(key, shared.digest, digest)
+            try:
+                return await self._join(shared, prepared, key, until)
+            except DeadlineExceeded:
+                # The time of whoever began it was up, not this caller's: it goes on with what has been done.
+                if begun_here or (until is not None and time.monotonic() >= until):
+                    raise
+                if until is not None:
+                    terms = terms._replace(deadline=until - time.monotonic())
+
+    async def _join(self, shared: _Shared, prepared: Prepared, key: str, until: float | None) -> Outcome:
+        shared.waiters += 1
         try:
-            outcome = await self._begin_or_resume(session, prepared, key, digest, terms)
-        except BaseException as exc:
-            del self._by_key[name]
-            future.set_exception(Cancelled() if isinstance(exc, asyncio.CancelledError) else exc)
+            async with asyncio.timeout(None if until is None else max(0.0, until - time.monotonic()) + LATE_S):
+                return await asyncio.shield(shared.future)
+        except DeadlineExceeded:
             raise
-        del self._by_key[name]
-        future.set_result(outcome)
-        return outcome
+        except TimeoutError:
+            raise DeadlineExceeded(f"{prepared.subject} still runs for another caller with the key {key!r}") from None
+        finally:
+            shared.waiters -= 1
+            if not shared.waiters and not shared.future.done():
+                shared.abandoned = True
+                if shared.task is not None:
+                    shared.task.cancel()
+
+    async def _run_shared(
+        self, name: tuple[str, str], shared: _Shared, session: SessionState, prepared: Prepared, terms: Terms
+    ) -> None:
+        try:
+            shared.task = asyncio.current_task()
+            if shared.abandoned:
+                raise Cancelled
+            outcome = await self._begin_or_resume(session, prepared, name[1], shared.digest, terms)
+        except BaseException as exc:
+            closed = isinstance(exc, asyncio.CancelledError) and self._engine.closing
+            told = HostClosed() if closed else Cancelled() if isinstance(exc, asyncio.CancelledError) else exc
+            shared.future.set_exception(told)
+            if not isinstance(exc, Exception):
+                raise
+        else:
+            shared.future.set_result(outcome)
+        finally:
+            del self._shared[name]
+
+    def _outcome(self, session: SessionState, prepared: Prepared, done: Finished) -> Outcome:
+        begun, result = done.begun, done.ended.result
+        assert result is not None
+        kept = msgspec.msgpack.decode(self._store.vault.unseal(result) if begun.sealed else result, type=_KeptReply)
+        # The first call's request: a Create has the ref under which the instance is known.
+        request = self.request_of(begun) if begun.request else prepared.request
+        return Outcome(Reply(msgspec.Raw(kept.result), kept.buffers), prepared._replace(request=request), session)
+
+    def _fingerprint(self, prepared: Prepared) -> bytes:
+        digest = prepared.digest()
+        return self._store.vault.fingerprint(digest) if prepared.secret else digest
 
     async def _begin_or_resume(
-        self,
-        session: SessionState,
-        prepared: Prepared,
-        key: str,
-        digest: bytes,
-        terms: Terms,
+        self, session: SessionState, prepared: Prepared, key: str, digest: bytes, terms: Terms
     ) -> Outcome:
-        for unfinished in list(self._store.unfinished.values()):
+        for unfinished in session.unfinished_commands():
             begun = unfinished.begun
-            if (begun.session, begun.key) == (session.id, key):
+            if begun.key == key:
                 _check_same(key, begun.digest, digest)
-                return await self.resume(begun.id, deadline=terms.deadline, retries=terms.retries)
+                return await self._resume(unfinished, {}, set(), terms)
         running = self._engine.begin(session, prepared, terms)
         return await self._engine.finish(running, terms.retries)
+
+
+class _Shared:
+    """One run of a command with a key, and who waits for it."""
+
+    def __init__(self, digest: bytes) -> None:
+        self.digest = digest
+        self.future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.future.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps nobody waits now
+        self.task: asyncio.Task[Any] | None = None
+        self.waiters = 0
+        self.abandoned = False
 
 
 def _check_same(key: str, known: bytes, asked: bytes) -> None:

@@ -28,10 +28,24 @@ if TYPE_CHECKING:
     from .commands import Prepared
     from .journal import Journal
 
-__all__ = ("CURRENT", "CURRENT_CALL", "RETRIES", "Outcome", "Running", "Terms", "ToolCallInfo", "current_call")
+__all__ = (
+    "CURRENT",
+    "CURRENT_CALL",
+    "LATE_S",
+    "RETRIES",
+    "Outcome",
+    "Running",
+    "Terms",
+    "ToolCallInfo",
+    "current_call",
+)
 
 RETRIES: Final = 2
 """How often a command runs again, on another kernel, when its kernel dies."""
+
+
+LATE_S: Final = 0.5
+"""How long after its deadline a kernel may still say so itself."""
 
 
 class ToolCallInfo(msgspec.Struct, frozen=True):
@@ -73,7 +87,7 @@ class Running:
         prepared: Prepared,
         journal: Journal,
         deadline: float | None,
-        depth: int,
+        parent: Running | None,
         trace: Trace,
         on_chunk: Callable[[Chunk, Sequence[Buffer]], None] | None = None,
     ) -> None:
@@ -85,7 +99,8 @@ class Running:
         self.staged = Staged(session)
         self.began = time.perf_counter_ns()
         self.deadline = deadline  # time.monotonic
-        self.depth = depth
+        self.parent = parent
+        self.depth: int = 0 if parent is None else parent.depth + 1
         self.trace = trace
         self.on_chunk = on_chunk
         self.attempt = 0

@@ -33,8 +33,8 @@ class FairQueue(Generic[Item]):
         """How many of that session's wait."""
         return len(self._sessions.get(session, ()))
 
-    def put(self, session: str, item: Item, *, wait_s: float) -> None:
-        """Wait in line, behind the session's own. `wait_s` is how long that would be, for the error.
+    def put(self, session: str, item: Item, *, wait_s: float | None) -> None:
+        """Wait in line, behind the session's own. `wait_s` is how long that would be, None if unknown: for the error.
 
         Raises:
             QueueFull: the session has as many waiting as there are free places left.
@@ -44,10 +44,10 @@ class FairQueue(Generic[Item]):
         free = self._bound - self.length
         if mine >= free:
             whose = f", {mine} of them of session {session!r}" if mine and mine < self.length else ""
-            raise QueueFull(
-                f"{self.length} commands wait for a kernel{whose}, and {self._bound} may at most: "
-                f"the wait would be about {wait_s:.3g} s"
-            )
+            wait = "how long the wait would be is not known yet"
+            if wait_s is not None:
+                wait = f"the wait would be about {wait_s:.3g} s"
+            raise QueueFull(f"{self.length} commands wait for a kernel{whose}, and {self._bound} may at most: {wait}")
         if items is None:
             items = self._sessions[session] = OrderedDict()
         items[item] = None

@@ -10,6 +10,8 @@ import msgspec
 
 from bridge_kernel.contract.errors import CircuitOpen
 
+from .option_checks import require_seconds, require_whole
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,17 +26,20 @@ Outcome = Literal["ok", "error", "died", "timeout", "cancelled"]
 
 
 class Breaker(msgspec.Struct, frozen=True):
-    """When circuits open: after how many failures in a row, and for how long (doubled each time, up to 5 minutes)."""
+    """When circuits open: after how many failures in a row, and for how long (doubled each time, up to 5 minutes).
+
+    Raises:
+        TypeError: one is no number. `ValueError`: there is no such count or time.
+    """
 
     kernel_failures: int = 3
     command_failures: int = 5
     cooldown_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if self.kernel_failures < 1 or self.command_failures < 1:
-            raise ValueError("kernel_failures and command_failures are how many failures open a circuit: 1 or more")
-        if not 0 < self.cooldown_s <= LAST_COOLDOWN_S:
-            raise ValueError(f"cooldown_s is in seconds, more than 0 and at most {LAST_COOLDOWN_S:g}")
+        require_whole("breaker: kernel_failures", self.kernel_failures, 1)
+        require_whole("breaker: command_failures", self.command_failures, 1)
+        require_seconds("breaker: cooldown_s", self.cooldown_s, most=LAST_COOLDOWN_S)
 
 
 class Change(NamedTuple):

@@ -222,8 +222,10 @@ class Dispatcher:
                 )
                 raise
 
-    def expected_wait_s(self) -> float:
-        """How long a command that joined the queue now would wait."""
+    def expected_wait_s(self) -> float | None:
+        """How long a command that joined the queue now would wait; None as long as no command has ended."""
+        if not self.mean_s:
+            return None
         places = sum(kernel.capacity for kernel in self._kernels if kernel.routable) or self._concurrency
         return self.mean_s * (len(self._queue) + 1) / places
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from .breaker import Breaker
+from .option_checks import require_seconds, require_whole
 from .routing import Routing, routing_named
 
 __all__ = ("PoolOptions", "Recycle")
@@ -18,6 +19,9 @@ class Recycle(msgspec.Struct, frozen=True):
 
     `age_s` is varied by a tenth, so that kernels that started together do not end together. `rss_bytes` is the
     kernel process's own resident memory, as it reports it with the heartbeat.
+
+    Raises:
+        TypeError: one is no number. `ValueError`: it is not more than 0.
     """
 
     commands: int | None = None
@@ -25,10 +29,11 @@ class Recycle(msgspec.Struct, frozen=True):
     rss_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("commands", "age_s", "rss_bytes"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"recycle: {name} must be more than 0, not {value!r}")
+        for name in ("commands", "rss_bytes"):
+            if (value := getattr(self, name)) is not None:
+                require_whole(f"recycle: {name}", value, 1)
+        if self.age_s is not None:
+            require_seconds("recycle: age_s", self.age_s, none="any age")
 
 
 class PoolOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +44,7 @@ class PoolOptions(msgspec.Struct, frozen=True, kw_only=True):
     kernels are kept ready to replace one that dies.
 
     Raises:
+        TypeError: a value is of another type than its option takes.
         ValueError: a value makes no sense.
     """
 
@@ -53,11 +59,20 @@ class PoolOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name, least in (("concurrency", 1), ("queue", 0), ("spares", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is a whole number, {least} or more, not {value!r}")
-        if self.heartbeat is not None and not 0 < self.heartbeat < float("inf"):
-            raise ValueError(f"heartbeat is in seconds, more than 0, or None for none, not {self.heartbeat!r}")
+            require_whole(name, getattr(self, name), least)
+        if self.heartbeat is not None:
+            require_seconds("heartbeat", self.heartbeat, none="no heartbeat")
+        # msgspec compares no types where Python makes a struct.
+        if not isinstance(self.recycle, Recycle | None):
+            raise TypeError(
+                f"recycle is a Recycle(commands=…, age_s=…, rss_bytes=…) or None, not {self.recycle!r:.100}"
+            )
+        if not isinstance(self.breaker, Breaker):
+            raise TypeError(
+                f"breaker is a Breaker(kernel_failures=…, command_failures=…, cooldown_s=…), not {self.breaker!r:.100}"
+            )
+        if not callable(self.clock):
+            raise TypeError(f"clock is a function that returns seconds, not {self.clock!r:.100}")
         if self.heartbeat is None and self.recycle is not None and self.recycle.rss_bytes is not None:
             raise ValueError("recycle: rss_bytes is asked for with the heartbeat, which is off (heartbeat=None)")
         routing_named(self.routing)

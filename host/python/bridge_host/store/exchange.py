@@ -7,6 +7,7 @@ there already are the caller's business. Secrets are named and never exported.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import hmac
 import itertools
@@ -68,6 +69,7 @@ __all__ = (
 
 MAX_EXPORT_BYTES: Final = 2 << 30
 """A larger file is not read: it would take several times as much memory."""
+_MAX_COUNT: Final = 2**63 - 1  # what a store can hold
 
 # -- writing -------------------------------------------------------------------
 
@@ -117,6 +119,9 @@ def export_sessions(
     `facts` make the sessions to export, as `Log.load` gives them: each session before what it owns. `histories` are
     `Log.histories` by session, or None to leave them out; `tools` the names of tools by session. `now` in seconds
     since the epoch.
+
+    Raises:
+        StoreDamaged: a value or a type is no JSON any more; says which.
     """
     sessions: dict[str, _Gathered] = {}
     for fact in facts:
@@ -147,6 +152,7 @@ def export_sessions(
 def _written(session: _Gathered, histories: Mapping[str, Sequence[VariablePut]], tools: Iterable[str]) -> Session:
     put = session.put
     lm = put.lm
+    where = f"session {put.id[:60]!r}"
     return Session(
         id=put.id,
         created=put.created,
@@ -154,46 +160,61 @@ def _written(session: _Gathered, histories: Mapping[str, Sequence[VariablePut]],
         version=put.version,
         lm=None if lm is None else LanguageModel(lm.model, lm.api_base, lm.adapter, lm.options),
         variables=tuple(
-            _written_variable(name, session, histories.get(name, ()))
+            _written_variable(name, session, histories.get(name, ()), f"{where}: variable {name[:60]!r}")
             for name in sorted(session.variables.keys() | session.schemas.keys())
         ),
-        instances=tuple(map(_written_instance, session.instances.values())),
+        instances=tuple(
+            _written_instance(it, f"{where}: instance {it.ref[:60]!r}") for it in session.instances.values()
+        ),
         functions=tuple(Function(f.name, f.source, f.hash, f.lm, f.secrets) for f in session.functions.values()),
         secrets=tuple(sorted(session.secrets)),
         tools=tuple(sorted(tools)),
     )
 
 
-def _written_variable(name: str, session: _Gathered, history: Sequence[VariablePut]) -> Variable:
+def _written_variable(name: str, session: _Gathered, history: Sequence[VariablePut], where: str) -> Variable:
     current, schema = session.variables.get(name), session.schemas.get(name)
     return Variable(
         name=name,
-        schema=None if schema is None else msgspec.json.decode(schema),
-        current=None if current is None else _written_version(current),
+        schema=None if schema is None else _sound(schema, f"{where}, its type"),
+        current=None if current is None else _written_version(current, where),
         # Asked for a moment later than the facts, it may be ahead of them.
-        history=tuple(_written_version(v) for v in history if current is not None and v.version < current.version),
+        history=tuple(
+            _written_version(v, where) for v in history if current is not None and v.version < current.version
+        ),
     )
 
 
-def _written_version(put: VariablePut) -> Version:
-    return Version(
-        put.version, put.at, put.written, None if put.value is None else _written_value(put.value), put.restores
-    )
+def _written_version(put: VariablePut, where: str) -> Version:
+    value = None if put.value is None else _written_value(put.value, f"{where}, version {put.version}")
+    return Version(put.version, put.at, put.written, value, put.restores)
 
 
-def _written_value(stored: Stored) -> Value:
+def _sound(json: bytes | msgspec.Raw, where: str) -> Any:
+    # What it stands for is not made: that may need a library, or a class, that this host has not.
+    try:
+        return msgspec.json.decode(json)
+    except (ValueError, RecursionError) as exc:
+        raise StoreDamaged(
+            f"{where}: what is stored is damaged: {exc}",
+            remedy="Set or delete it, or restore the store from a copy, then export. Nothing was written.",
+        ) from exc
+
+
+def _written_value(stored: Stored, where: str) -> Value:
+    _sound(stored.json, where)
     return Value(stored.type, stored.json, stored.buffers)
 
 
-def _written_instance(it: InstanceState) -> Instance:
+def _written_instance(it: InstanceState, where: str) -> Instance:
     return Instance(
         ref=it.ref,
         name=it.name,
         cls=it.cls,
-        args=_written_value(it.args),
-        kwargs=_written_value(it.kwargs),
+        args=_written_value(it.args, f"{where}, args"),
+        kwargs=_written_value(it.kwargs, f"{where}, kwargs"),
         adapter=it.adapter,  # type: ignore[arg-type]
-        state=_written_value(it.state),
+        state=_written_value(it.state, f"{where}, state"),
         sha256=it.sha256,
         version=it.version,
         methods=it.methods,
@@ -244,8 +265,14 @@ def _check_distinct(kind: str, names: list[str]) -> None:
         raise _damaged(f"the export has the {kind} {twice[:60]!r} twice")
 
 
+def _check_count(where: str, kind: str, count: int) -> None:
+    if abs(count) > _MAX_COUNT:
+        raise _damaged(f"{where}: {kind} is a number of more than 64 bits")
+
+
 def _checked(session: Session) -> Session:
     where = f"session {session.id[:60]!r}"
+    _check_count(where, "its version", session.version)
     _check_distinct(f"variable of {where}", [variable.name for variable in session.variables])
     _check_distinct(f"instance of {where}", [instance.ref for instance in session.instances])
     _check_distinct(f"name of an instance of {where}", [it.name for it in session.instances if it.name])
@@ -267,6 +294,9 @@ def _checked_variable(variable: Variable, newest: int, where: str) -> Variable:
     versions = [*variable.history, *([variable.current] if variable.current is not None else [])]
     if variable.history and variable.current is None:
         raise _damaged(f"{where} has a history and no current version")
+    for version in versions:
+        _check_count(where, "a version", version.version)
+        _check_count(where, "the version that one brought back", version.restores or 0)
     for before, after in itertools.pairwise(versions):
         if before.version >= after.version or before.at > after.at:
             raise _damaged(f"{where}: version {after.version} comes after version {before.version}")
@@ -293,6 +323,7 @@ def _checked_version(version: Version, where: str) -> Version:
 
 def _checked_instance(instance: Instance, where: str) -> Instance:
     where = f"{where}: instance {instance.ref[:60]!r}"
+    _check_count(where, "its version", instance.version)
     args, given = _checked_value(instance.args, f"{where}, args")
     kwargs, named = _checked_value(instance.kwargs, f"{where}, kwargs")
     state, value = _checked_value(instance.state, f"{where}, state")
@@ -372,9 +403,14 @@ def _stored(value: Value) -> Stored:
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Put an export on disk, whole or not at all: what was there before stays until all of it is. Mode 0600.
 
-    Raises `OSError`.
+    Raises:
+        OSError: it could not be written, `FileNotFoundError` if there is no such directory.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            errno.ENOENT, "there is no such directory: make it first, or export to another", str(path.parent)
+        )
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
@@ -382,9 +418,11 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as exc:
+        with contextlib.suppress(OSError):  # there is none, or the first error says why it cannot be removed
             draft.unlink()
+        if isinstance(exc, OSError) and exc.filename is not None:  # the draft's, which nobody asked for
+            raise OSError(exc.errno, f"the export was not written: {exc.strerror}", str(path)) from exc
         raise
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

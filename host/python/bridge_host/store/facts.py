@@ -161,10 +161,10 @@ class CallbackAnswered(msgspec.Struct, frozen=True):
 
 
 class CallbacksForgotten(msgspec.Struct, frozen=True):
-    """The command took another way from its `n`th callback on."""
+    """The command took another way, on which it did not make these callbacks: just these are forgotten."""
 
     command: str
-    n: int
+    numbers: tuple[int, ...]
 
 
 class CommandEnded(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ KEPT_VERSIONS: Final = 100
 KEPT_BYTES: Final = 16 << 20
 """How much the versions before the current one may take; the oldest go first."""
 KEPT_COMMANDS: Final = 10_000
-"""How many finished commands the journal remembers, those with an idempotency key not counted."""
+"""How many finished commands the journal remembers, those that succeeded with an idempotency key not counted."""
 
 
 class Journaled(NamedTuple):
@@ -43,7 +43,7 @@ class Log(Protocol):
 
     def load(self) -> Iterable[Fact]:
         """What is there now, as the facts that would make it: each session before what it owns; of each variable the
-        newest version only; of commands those that are unfinished (with their callbacks) or have a key.
+        newest version only; of commands those that are unfinished (with their callbacks) or have succeeded with a key.
         """
         ...
 
@@ -107,8 +107,9 @@ class MemoryLog:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._versions: dict[str, dict[str, list[VariablePut]]] = {}
-        self._old_bytes: dict[tuple[str, str], int] = {}
+        self._old_bytes: dict[str, dict[str, int]] = {}
         self._commands: dict[str, Journaled] = {}
+        self._of_session: dict[str, set[str]] = {}
         self._finished: deque[str] = deque()
 
     def load(self) -> Iterable[Fact]:
@@ -122,42 +123,55 @@ class MemoryLog:
                         self._keep(fact)
                     case SessionForgotten():
                         self._versions.pop(fact.id, None)
-                        self._old_bytes = {k: v for k, v in self._old_bytes.items() if k[0] != fact.id}
-                        self._commands = {k: c for k, c in self._commands.items() if c.begun.session != fact.id}
+                        self._old_bytes.pop(fact.id, None)
+                        for id in self._of_session.pop(fact.id, ()):
+                            del self._commands[id]
                     case CommandBegun():
+                        self._forget(fact.id)
                         self._commands[fact.id] = Journaled(fact, 1, None)
+                        self._of_session.setdefault(fact.session, set()).add(fact.id)
                     case CommandTried():
                         if fact.id in self._commands:
                             self._commands[fact.id] = Journaled(self._commands[fact.id].begun, fact.attempt, None)
                     case CommandEnded():
                         self._end(fact)
                     case CommandForgotten():
-                        self._commands.pop(fact.id, None)
+                        self._forget(fact.id)
                     case _:
                         pass
         return 0
 
+    def _forget(self, id: str) -> None:
+        known = self._commands.pop(id, None)
+        if known is not None:
+            of_session = self._of_session[known.begun.session]
+            of_session.discard(id)
+            if not of_session:
+                del self._of_session[known.begun.session]
+
     def _keep(self, put: VariablePut) -> None:
         versions = self._versions.setdefault(put.session, {}).setdefault(put.name, [])
-        key = (put.session, put.name)
+        old_bytes = self._old_bytes.setdefault(put.session, {})
         if versions and versions[-1].value is not None:
-            self._old_bytes[key] = self._old_bytes.get(key, 0) + versions[-1].value.size
+            old_bytes[put.name] = old_bytes.get(put.name, 0) + versions[-1].value.size
         versions.append(put)
-        while len(versions) > 1 and (len(versions) > KEPT_VERSIONS or self._old_bytes.get(key, 0) > KEPT_BYTES):
+        while len(versions) > 1 and (len(versions) > KEPT_VERSIONS or old_bytes.get(put.name, 0) > KEPT_BYTES):
             old = versions.pop(0)
             if old.value is not None:
-                self._old_bytes[key] -= old.value.size
+                old_bytes[put.name] -= old.value.size
 
     def _end(self, ended: CommandEnded) -> None:
         known = self._commands.get(ended.id)
         if known is None:
             return
-        begun = known.begun if known.begun.key is not None else msgspec.structs.replace(known.begun, request=b"")
-        self._commands[ended.id] = Journaled(begun, known.attempts, ended)
-        if known.begun.key is None:
+        lasts = known.begun.key is not None and ended.error is None
+        begun = msgspec.structs.replace(known.begun, request=b"")
+        kept = ended if lasts or ended.result is None else msgspec.structs.replace(ended, result=None)
+        self._commands[ended.id] = Journaled(begun, known.attempts, kept)
+        if not lasts:
             self._finished.append(ended.id)
             if len(self._finished) > KEPT_COMMANDS:
-                self._commands.pop(self._finished.popleft(), None)
+                self._forget(self._finished.popleft())
 
     def wait(self, number: int) -> None:
         pass

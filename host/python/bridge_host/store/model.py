@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
 from ..values import Stored
 
-__all__ = ("LM_KEY", "Change", "Commit", "Quota", "SessionInfo", "Variable", "Write", "check_name")
+if TYPE_CHECKING:
+    from .facts import CallbackMade, CommandBegun, CommandEnded
+
+__all__ = (
+    "LM_KEY",
+    "Change",
+    "Commit",
+    "Finished",
+    "Quota",
+    "SessionInfo",
+    "Unfinished",
+    "Variable",
+    "Write",
+    "check_name",
+)
 
 LM_KEY: Final = "lm.api_key"
 """The secret that holds the key of the session's language model."""
@@ -35,7 +49,7 @@ class Quota(msgspec.Struct, frozen=True, kw_only=True):
     """How much one session may hold, and how many sessions a host may have."""
 
     count: int = 100_000
-    """Variables, instances, functions and secrets of one session."""
+    """Variables, instances, functions and secrets of one session; and as many deleted variables, whose versions go on."""
     bytes: int = 1 << 30
     """What they take together, encoded: current values, not their history."""
     sessions: int = 1_000_000
@@ -47,6 +61,8 @@ class Variable(msgspec.Struct, frozen=True):
     value: Stored
     version: int
     restores: int | None = None
+    at: int = 0  # the session's version when it was written
+    written: float = 0.0
 
 
 class Write(NamedTuple):
@@ -58,10 +74,38 @@ class Write(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """`number` is what the log calls it: to be waited for. `version` is the session's from now on."""
+    """`number` is what the log calls it: to be waited for. `version` is the session's from now on, `versions` are
+    those of the variables that were written.
+    """
 
     number: int
     version: int
+    versions: dict[str, int]
+
+
+class Finished(NamedTuple):
+    """What a command with an idempotency key was, and what came of it; not to be told before batch `number` is on disk
+    (0: it is). `begun` has its request only if the command made an instance.
+    """
+
+    begun: CommandBegun
+    ended: CommandEnded
+    number: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the result and of the request that is kept."""
+        return len(self.ended.result or b"") + len(self.begun.request)
+
+
+class Unfinished:
+    """A command that the log knows to have begun and not to have ended, with what it had called back."""
+
+    def __init__(self, begun: CommandBegun) -> None:
+        self.begun = begun
+        self.attempt = 1
+        self.made: list[CallbackMade] = []
+        self.answered: dict[int, bytes] = {}
 
 
 class Change(msgspec.Struct, frozen=True):

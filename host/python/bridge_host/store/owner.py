@@ -64,25 +64,22 @@ class Owner:
         self._close()
 
     def _take(self) -> None:
-        while True:
+        while self._fd is None:
             # Not inherited by programs that this process starts (PEP 446).
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            with contextlib.ExitStack() as unless_taken:
+                # The lock ends with the descriptor, which must not outlive a failure: it would lock its own process out.
+                unless_taken.callback(os.close, fd)
                 try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
                     raise self._locked(os.pread(fd, MAX_BYTES, 0)) from None
-                finally:
-                    os.close(fd)
-            except OSError:
-                os.close(fd)
-                raise
-            if self._is_there(fd):
-                break
-            os.close(fd)  # its owner released it, and took it away, between our opening and our locking it
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, msgspec.json.encode(_Who.here()), 0)
-        self._fd = fd
+                # If not, its owner released it, and took it away, between our opening and our locking it.
+                if self._is_there(fd):
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, msgspec.json.encode(_Who.here()), 0)
+                    unless_taken.pop_all()
+                    self._fd = fd
 
     def _is_there(self, fd: int) -> bool:
         try:

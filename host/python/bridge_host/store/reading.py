@@ -205,8 +205,8 @@ def load(db: sqlite3.Connection, path: str) -> Iterator[f.Fact]:
         "SELECT session, name, version, at, restores, written, value FROM (SELECT session, name, max(version) AS version"
         " FROM variables GROUP BY session, name) CROSS JOIN variables USING (session, name, version)"
     )
-    # Those unfinished, and those with a key: the others were given their place among the ended.
-    for begun, attempts, ended in reader.commands(f"{_COMMANDS} WHERE ending IS NULL ORDER BY n"):
+    # Those unfinished, and those that succeeded with a key: the others were given their place among the ended.
+    for begun, attempts, ended in reader.commands(f"{_COMMANDS} WHERE ending IS NULL AND error IS NULL ORDER BY n"):
         yield begun
         if attempts > 1:
             yield f.CommandTried(begun.id, attempts)

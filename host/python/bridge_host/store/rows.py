@@ -53,12 +53,16 @@ _CALL: Final = (
     " SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7 WHERE EXISTS (SELECT 1 FROM commands WHERE id = ?1)"
 )
 _ANSWER: Final = "UPDATE callbacks SET reply = ? WHERE command = ? AND n = ?"
-_FORGET_CALLS: Final = "DELETE FROM callbacks WHERE command = ? AND n >= ?"
-# What it would take to run it again is not needed any more.
+_FORGET_CALL: Final = "DELETE FROM callbacks WHERE command = ? AND n = ?"
+_FORGET_CALLS: Final = "DELETE FROM callbacks WHERE command = ?"
+# What it would take to run it again is not needed any more. A key's result is kept, and which instance it made; but only
+# of what succeeded: what failed may run anew, and is remembered like a command without a key.
 _END: Final = (
-    "UPDATE commands SET error = ?2, result = CASE WHEN key IS NULL THEN NULL ELSE ?3 END, ended = ?4, attempts = ?5,"
-    " callbacks = ?6, request = x'',"
-    " ending = CASE WHEN key IS NULL THEN (SELECT coalesce(max(ending), 0) + 1 FROM commands WHERE ending IS NOT NULL) END WHERE id = ?1"
+    "UPDATE commands SET error = ?2, result = CASE WHEN key IS NULL OR ?2 IS NOT NULL THEN NULL ELSE ?3 END, ended = ?4,"
+    " attempts = ?5, callbacks = ?6,"
+    " request = CASE WHEN key IS NOT NULL AND ?2 IS NULL AND method = 'instance.create' THEN request ELSE x'' END,"
+    " ending = CASE WHEN key IS NULL OR ?2 IS NOT NULL"
+    " THEN (SELECT coalesce(max(ending), 0) + 1 FROM commands WHERE ending IS NOT NULL) END WHERE id = ?1"
 )
 _FORGET_OLD: Final = (
     "DELETE FROM commands WHERE ending <="
@@ -147,13 +151,13 @@ def _rows_of(fact: f.Fact) -> Sequence[Row]:
             return ((_CALL, (command, n, seq, method, about, digest, request)),)
         case f.CallbackAnswered(command, n, reply):
             return ((_ANSWER, (reply, command, n)),)
-        case f.CallbacksForgotten(command, n):
-            return ((_FORGET_CALLS, (command, n)),)
+        case f.CallbacksForgotten(command, numbers):
+            return tuple((_FORGET_CALL, (command, n)) for n in numbers)
         case f.CommandEnded(id, error, result, ended, attempts, callbacks):
             end = (_END, (id, error, result, ended, attempts, callbacks))
-            return (end, (_FORGET_CALLS, (id, 0)), (_FORGET_OLD, ()))
+            return (end, (_FORGET_CALLS, (id,)), (_FORGET_OLD, ()))
         case f.CommandForgotten(id):
-            return ((_FORGET_CALLS, (id, 0)), (_FORGET_COMMAND, (id,)))
+            return ((_FORGET_CALLS, (id,)), (_FORGET_COMMAND, (id,)))
 
 
 def _instance_row(session: str, i: f.InstanceState) -> Row:

@@ -180,7 +180,7 @@ def _check_parts(schema: dict[str, Any]) -> None:
                     raise ValueError(f"{part[keyword][:100]!r} is not in the schema") from None
             for pattern in (part.get("pattern", ""), *part.get("patternProperties", ())):
                 try:
-                    re.compile(pattern)
+                    re.compile(_as_python(pattern))
                 except (re.error, RecursionError, OverflowError) as exc:
                     raise ValueError(f"the pattern {pattern[:100]!r} is none: {exc}") from None
         level = [sub for part in level for sub in DRAFT202012.subresources_of(part) if isinstance(sub, dict)]
@@ -204,6 +204,8 @@ def _validator_class() -> Any:
         Draft202012Validator,
         {
             **own,
+            "pattern": _pattern,
+            **{name: _with_patterns(Draft202012Validator.VALIDATORS[name]) for name in _PATTERNED},
             "items": _items(Draft202012Validator.VALIDATORS["items"]),
             "multipleOf": _multiple_of,
             "uniqueItems": _unique_items,
@@ -232,6 +234,41 @@ def _counted(keyword: Callable[..., Any]) -> Callable[..., Any]:
         return keyword(validator, reference, instance, schema)
 
     return follow
+
+
+_PATTERNED: Final = ("patternProperties", "additionalProperties", "unevaluatedProperties")
+_DOLLARS: Final = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\$", re.DOTALL)  # escapes and classes, to pass over them
+
+
+@functools.lru_cache(maxsize=1024)
+def _as_python(pattern: str) -> str:
+    """A pattern of JSON Schema's (ECMA 262) as `re` takes it: there `$` is the very end, not before a newline too."""
+    return _DOLLARS.sub(lambda found: r"\Z" if found[0] == "$" else found[0], pattern)
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, _schema: Any) -> Iterator[Any]:
+    from jsonschema.exceptions import ValidationError
+
+    if validator.is_type(instance, "string") and not re.search(_as_python(pattern), instance):
+        yield ValidationError("no match")
+
+
+def _with_patterns(keyword: Callable[..., Any]) -> Callable[..., Any]:
+    """Members whose names match patterns, and the others: the library is given the patterns as `re` takes them."""
+
+    def look(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+        patterns = schema.get("patternProperties")
+        if not patterns:
+            return keyword(validator, value, instance, schema)
+        # `a$` and `a\Z` may both be there: then both hold.
+        translated: dict[str, Any] = {}
+        for pattern, part in patterns.items():
+            known = _as_python(pattern)
+            translated[known] = {"allOf": [translated[known], part]} if known in translated else part
+        own = value is patterns
+        return keyword(validator, translated if own else value, instance, schema | {"patternProperties": translated})
+
+    return look
 
 
 _PLAIN: Final[dict[str, set[type]]] = {"number": {int, float}, "integer": {int}, "string": {str}, "boolean": {bool}}

@@ -24,6 +24,8 @@ class Staged:
     def __init__(self, state: SessionState) -> None:
         self._state = state
         self._versions: dict[str, int] = {}
+        self._growth: dict[str, tuple[int, int, int]] = {}  # by each write: things, bytes, names never used
+        self._total = (0, 0, 0)
         self.writes: dict[str, Write] = {}
 
     def get(self, name: str) -> Variable:
@@ -56,8 +58,23 @@ class Staged:
         """
         check_name("variable", name)
         self._state.check(name, value)
-        self._state.check_quota(value, name)
+        growth = self._growth_by(name, value)
+        more, size, new = self._total_with(name, growth)
+        self._state.check_quota(more, size, new=new)
         return self._stage(name, value, if_version)
+
+    def _growth_by(self, name: str, value: Stored | None) -> tuple[int, int, int]:
+        version = self._state.version_of(name)
+        known = self._state.get_many([name]).get(name)
+        more = (value is not None) - (known is not None)
+        size = (value.size if value is not None else 0) - (known.value.size if known is not None else 0)
+        return more, size, int(value is not None and not version)
+
+    def _total_with(self, name: str, growth: tuple[int, int, int]) -> tuple[int, int, int]:
+        """What all writes together add, this one's in place of an earlier one of the same name."""
+        earlier = self._growth.get(name, (0, 0, 0))
+        more, size, new = (t + g - e for t, g, e in zip(self._total, growth, earlier, strict=True))
+        return more, size, new
 
     def delete(self, name: str, if_version: int | None = None) -> None:
         """Raises `NotFound`, `Conflict`."""
@@ -75,4 +92,7 @@ class Staged:
             if if_version is not None and if_version != at:
                 raise Conflict(f"this command itself has written variable {name!r}: it is at version {at}")
             self.writes[name] = Write(value, earlier.if_version)
+        growth = self._growth_by(name, value)
+        self._total = self._total_with(name, growth)
+        self._growth[name] = growth
         return self._versions[name]

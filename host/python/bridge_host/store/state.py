@@ -11,6 +11,7 @@ from bridge_kernel.contract.errors import Conflict, NotFound, QuotaExceeded
 from bridge_kernel.contract.methods import LM, VariableInfo
 
 from .facts import (
+    CommandForgotten,
     FunctionPut,
     InstanceForgotten,
     InstancePut,
@@ -22,7 +23,7 @@ from .facts import (
     TypePut,
     VariablePut,
 )
-from .model import LM_KEY, Change, Commit, SessionInfo, Variable, Write, check_name
+from .model import LM_KEY, Change, Commit, Finished, SessionInfo, Variable, Write, check_name
 from .types import VariableType
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     from ..functions import FunctionSource
     from ..tools import Tool
     from ..values import Stored
-    from .facts import Fact
+    from .facts import CommandBegun, CommandEnded, Fact
     from .log import Log
-    from .model import Quota
+    from .model import Quota, Unfinished
 
 __all__ = ("SessionState",)
 
@@ -53,6 +54,10 @@ class SessionState:
         self.instances: dict[str, InstanceState] = {}
         self.secrets: dict[str, bytes] = {}  # sealed
         self.types: dict[str, VariableType] = {}
+        self.finished: dict[str, Finished] = {}
+        """By idempotency key: what succeeded. Like `unfinished` for others to read only, and changed under the lock."""
+        self.unfinished: dict[str, Unfinished] = {}
+        """By its id, each command that was running when its host ended, or that lost its kernels."""
         self.busy = 0  # commands that run: a session at work does not expire
         self.bytes = 0
         self.on_change: Callable[[int, list[Change]], object] | None = None
@@ -78,6 +83,9 @@ class SessionState:
                     remedy="Open it anew: host.session(id, ttl=…).",
                 )
             self.used = now
+
+    def expired(self, now: float) -> bool:
+        return self.expires is not None and not self.busy and now >= self.expires
 
     def _is_gone(self) -> NotFound:
         return NotFound(f"session {self.id!r} {self._gone}", remedy="Open it anew: host.session(id).")
@@ -106,6 +114,14 @@ class SessionState:
         with self._lock:
             return 0 if self._gone else self._log.append([self._put()])
 
+    def expire(self, now: float) -> bool:
+        """Let go of all it owns if it has expired; whether it had."""
+        with self._lock:
+            if not self.expired(now):
+                return False
+            self.forget("has expired")
+            return True
+
     def forget(self, why: str = "was deleted") -> int:
         """Let go of all it owns."""
         with self._lock:
@@ -115,6 +131,7 @@ class SessionState:
             self._gone = why
             owned: tuple[dict[str, Any], ...] = (
                 self._variables, self._deleted, self.tools, self.functions, self.instances, self.secrets, self.types,
+                self.finished, self.unfinished,
             )  # fmt: skip
             for kind in owned:
                 kind.clear()
@@ -143,10 +160,12 @@ class SessionState:
         """What would make it: as `Log.load` gives it, with no journal."""
         with self._lock:
             self.touch()
-            newest = {name: self._log.history(self.id, name)[-1] for name in self._variables}
             return [
                 self._put(),
-                *newest.values(),
+                *[
+                    VariablePut(self.id, name, v.version, v.at, v.value, v.written, v.restores)
+                    for name, v in self._variables.items()
+                ],
                 *[TypePut(self.id, name, kind.json) for name, kind in self.types.items()],
                 *[InstancePut(self.id, instance) for instance in self.instances.values()],
                 *[FunctionPut(self.id, function) for function in self.functions.values()],
@@ -240,16 +259,18 @@ class SessionState:
         *,
         instances: Sequence[tuple[InstanceState, int]] = (),
         facts: Sequence[Fact] = (),
-        kept: int = 0,
+        finished: tuple[CommandBegun, CommandEnded] | None = None,
         checked: bool = False,
     ) -> Commit:
         """Write variables and instances in one go: all of it or, if it raises, nothing.
 
         `instances` come with the version that each was computed from, 0 for a new one. `facts` are recorded with it.
-        `kept` is how many bytes more they make the session hold. `checked` says that the values are known to fit their variables' types.
+        `finished` is a command with an idempotency key that has succeeded: its end is recorded, and known from then on.
+        `checked` says that the values are known to fit their variables' types.
 
         Raises:
-            Conflict: a variable is not at the version that was asked for, or an instance was changed meanwhile.
+            Conflict: a variable is not at the version that was asked for, an instance was changed meanwhile, or a new
+                one has another's name.
             InvalidValue: a value does not fit its variable's type.
             QuotaExceeded: the session would hold too much.
             StoreFailed: the store cannot be written any more.
@@ -257,7 +278,12 @@ class SessionState:
         """
         with self._lock:
             self.touch()
-            growth, more = kept, 0
+            growth, more, new = 0, 0, 0
+            if finished is not None:
+                growth += self._growth_by(kept := _kept(*finished, 0))
+                if kept.ended not in facts:
+                    facts = [*facts, kept.ended]
+            versions: dict[str, int] = {}
             puts: list[Fact] = []
             changes: list[Change] = []
             now = self._clock()
@@ -266,32 +292,37 @@ class SessionState:
                 known = self._variables.get(name)
                 self.check_version(name, write.if_version)
                 if write.value is None and known is None:
+                    versions[name] = self.version_of(name)
                     continue  # deleted twice, or made and deleted by the same command
                 if write.value is not None and not checked:
                     self.check(name, write.value)
                 growth += (write.value.size if write.value else 0) - (known.value.size if known else 0)
                 more += (write.value is not None) - (known is not None)
-                number = self.version_of(name) + 1
+                new += known is None and name not in self._deleted
+                number = versions[name] = self.version_of(name) + 1
                 puts.append(VariablePut(self.id, name, number, version, write.value, now, write.restores))
                 changes.append(Change(self.id, name, number, write.value, known.value if known else None))
             for instance, read in instances:
                 was = self._instance_at(instance, read)
+                if was is None:
+                    self._check_unnamed(instance)
                 growth += instance.size - (was.size if was is not None else 0)
                 more += was is None
                 # Named meanwhile, perhaps: that is no change of its state.
                 named = instance if was is None else msgspec.structs.replace(instance, name=was.name)
                 puts.append(InstancePut(self.id, named))
-            self._check_quota(more, growth)
+            self.check_quota(more, growth, new=new)
             if version != self.version:
                 puts.insert(0, self._put(version=version))
             batch = self._log.append([*puts, *facts]) if puts or facts else 0
             for fact in puts:
                 self.apply(fact)
             self.version = version
-            self.bytes += kept
+            if finished is not None:
+                self.keep_finished(*finished, batch)
             if changes and self.on_change is not None:
                 self.on_change(batch, changes)
-            return Commit(batch, version)
+            return Commit(batch, version, versions)
 
     def check_version(self, name: str, if_version: int | None) -> None:
         """Raise `Conflict` unless the variable is at that version; None asks for none."""
@@ -312,19 +343,20 @@ class SessionState:
             )
         return known
 
-    def check_quota(self, value: Stored, name: str) -> None:
-        """Raise `QuotaExceeded` if the variable could not be written now."""
-        known = self._variables.get(name)
-        self._check_quota(known is None, value.size - (known.value.size if known is not None else 0))
-
     def check_size(self) -> None:
         """Raise `QuotaExceeded` if it holds more than it may: an imported one."""
-        self._check_quota(0, 0, whole=True)
+        self.check_quota(0, 0, whole=True)
 
-    def _check_quota(self, more: int, growth: int, *, whole: bool = False) -> None:
+    def check_quota(self, more: int, growth: int, *, new: int = 0, whole: bool = False) -> None:
+        """Raise `QuotaExceeded` if it could not hold so many things and bytes more, and variables of names never used."""
         count = len(self._variables) + len(self.instances) + len(self.functions) + len(self.secrets) + more
         if (more > 0 or whole) and count > self._quota.count:
             raise QuotaExceeded(f"session {self.id!r} would hold {count} things, and may hold {self._quota.count}")
+        if new > 0 and len(self._deleted) >= self._quota.count:
+            raise QuotaExceeded(
+                f"session {self.id!r} keeps the versions of {len(self._deleted)} deleted variables, as many as it may",
+                remedy="Use their names again, rather than new ones; or go on in a new session.",
+            )
         if (growth > 0 or whole) and self.bytes + growth > self._quota.bytes:
             raise QuotaExceeded(
                 f"session {self.id!r} would hold {self.bytes + growth:,} bytes, and may hold {self._quota.bytes:,}"
@@ -340,7 +372,9 @@ class SessionState:
                     self._variables.pop(fact.name, None)
                     self._deleted[fact.name] = fact.version
                 else:
-                    self._variables[fact.name] = Variable(fact.value, fact.version, fact.restores)
+                    self._variables[fact.name] = Variable(
+                        fact.value, fact.version, fact.restores, fact.at, fact.written
+                    )
                     self._deleted.pop(fact.name, None)
                     self.bytes += fact.value.size
             case InstancePut():
@@ -383,12 +417,13 @@ class SessionState:
 
     def put_function(self, function: FunctionSource) -> int:
         with self._lock:
-            self._check_quota(function.name not in self.functions, len(function.source))
+            known = self.functions.get(function.name)
+            self.check_quota(known is None, len(function.source) - (len(known.source) if known is not None else 0))
             return self._record(FunctionPut(self.id, function))
 
     def put_secret(self, name: str, sealed: bytes) -> int:
         with self._lock:
-            self._check_quota(name not in self.secrets, 0)
+            self.check_quota(name not in self.secrets, 0)
             return self._record(SecretPut(self.id, name, sealed))
 
     def secret(self, name: str) -> bytes:
@@ -431,23 +466,72 @@ class SessionState:
         return found if found is not None else named[0]
 
     def put_instance(self, instance: InstanceState) -> Commit:
-        """A new one."""
+        """A new one. Raises `Conflict` if another instance has its name."""
         return self.commit({}, instances=[(instance, 0)])
 
     def name_instance(self, ref: str, name: str) -> int:
         """Raises `Conflict` if another instance has that name."""
         with self._lock:
             known = self.instance(ref)
-            if name and any(i.name == name and i.ref != ref for i in self.instances.values()):
-                raise Conflict(
-                    f"another instance of session {self.id!r} is called {name!r}", remedy="Rename that first."
-                )
-            return self._record(InstancePut(self.id, msgspec.structs.replace(known, name=name)))
+            named = msgspec.structs.replace(known, name=name)
+            self._check_unnamed(named)
+            return self._record(InstancePut(self.id, named))
+
+    def _check_unnamed(self, instance: InstanceState) -> None:
+        """Raise `Conflict` if another instance has its name."""
+        name, ref = instance.name, instance.ref
+        if name and any(i.name == name and i.ref != ref for i in self.instances.values()):
+            raise Conflict(f"another instance of session {self.id!r} is called {name!r}", remedy="Rename that first.")
 
     def forget_instance(self, ref: str) -> int:
         with self._lock:
             self.instance(ref)
             return self._record(InstanceForgotten(self.id, ref))
+
+    # -- commands ----------------------------------------------------------------
+
+    def keep_finished(self, begun: CommandBegun, ended: CommandEnded, number: int) -> None:
+        """What the log knows to have succeeded, its end in batch `number` (0: on disk)."""
+        assert begun.key is not None
+        with self._lock:
+            finished = _kept(begun, ended, number)
+            self.bytes += self._growth_by(finished)
+            self.finished.pop(begun.key, None)  # in the order in which they ended
+            self.finished[begun.key] = finished
+
+    def _growth_by(self, finished: Finished) -> int:
+        known = self.finished.get(finished.begun.key or "")
+        return finished.size - (known.size if known is not None else 0)
+
+    def forget_keys(self, before: float) -> int:
+        """Forget the results of commands that ended before that time, in seconds since the epoch."""
+        with self._lock:
+            old = []
+            for key, finished in self.finished.items():
+                if finished.ended.ended >= before:
+                    break
+                old.append(key)
+            if not old:
+                return 0
+            number = self._log.append([CommandForgotten(self.finished[key].begun.id) for key in old])
+            for key in old:
+                self.bytes -= self.finished.pop(key).size
+            return number
+
+    def add_unfinished(self, unfinished: Unfinished) -> bool:
+        """Whether it was added: not if the session is gone."""
+        with self._lock:
+            if not self._gone:
+                self.unfinished[unfinished.begun.id] = unfinished
+            return not self._gone
+
+    def remove_unfinished(self, id: str) -> None:
+        with self._lock:
+            self.unfinished.pop(id, None)
+
+    def unfinished_commands(self) -> list[Unfinished]:
+        with self._lock:
+            return list(self.unfinished.values())
 
     # -- history -----------------------------------------------------------------
 
@@ -489,3 +573,10 @@ class SessionState:
             return self._is_gone()
         there = ", ".join(sorted(known)[:20]) or "none"
         return NotFound(f"session {self.id!r} has no {kind} {name!r}", remedy=f"There is: {there}.")
+
+
+def _kept(begun: CommandBegun, ended: CommandEnded, number: int) -> Finished:
+    """What is kept of a finished command: of its request, only what says which instance it made."""
+    if begun.method != "instance.create" and begun.request:
+        begun = msgspec.structs.replace(begun, request=b"")
+    return Finished(begun, ended, number)

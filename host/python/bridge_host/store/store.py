@@ -20,7 +20,7 @@ from .facts import (
     SessionPut,
 )
 from .log import MemoryLog
-from .model import Quota, check_name
+from .model import Quota, Unfinished, check_name
 from .state import SessionState
 
 if TYPE_CHECKING:
@@ -31,17 +31,7 @@ if TYPE_CHECKING:
     from .model import Change
     from .vault import Vault
 
-__all__ = ("Store", "Unfinished")
-
-
-class Unfinished:
-    """A command that the log knows to have begun and not to have ended, with what it had called back."""
-
-    def __init__(self, begun: CommandBegun) -> None:
-        self.begun = begun
-        self.attempt = 1
-        self.made: list[CallbackMade] = []
-        self.answered: dict[int, bytes] = {}
+__all__ = ("Store",)
 
 
 class Store:
@@ -72,40 +62,46 @@ class Store:
         self.quota = quota or Quota()
         self.clock = clock
         self.on_change: Callable[[int, list[Change]], object] | None = None
-        self.unfinished: dict[str, Unfinished] = {}
-        """Commands that were running when the log was last closed, or its host died."""
-        self.finished: dict[tuple[str, str], tuple[CommandBegun, CommandEnded]] = {}
-        """By session and idempotency key: what a command was, and what came of it."""
+        self.on_forget: Callable[[str], object] | None = None
+        """Hears of sessions that are gone, under the store's lock: before another can have that id."""
         self._ttl = ttl
         self._sessions: dict[str, SessionState] = {}
+        self._unfinished: dict[str, SessionState] = {}  # by a command's id, whose `unfinished` it is in
         self._lock = threading.Lock()
         # Hundreds of thousands of objects that all stay: to look for garbage among them is a third of the time.
         collecting = gc.isenabled()
         gc.disable()
+        commands: dict[str, Unfinished] = {}
         try:
             for fact in self.log.load():
-                self._load(fact)
+                self._load(fact, commands)
         finally:
             if collecting:
                 gc.enable()
+        for command in commands.values():
+            self.add_unfinished(command)
+        # What is left is of sessions that were deleted at the moment when it began.
+        if orphans := [id for id in commands if id not in self._unfinished]:
+            self.log.append([CommandForgotten(id) for id in orphans])
 
-    def _load(self, fact: Fact) -> None:
+    def _load(self, fact: Fact, commands: dict[str, Unfinished]) -> None:
         match fact:
             case SessionPut():
                 self._sessions[fact.id] = self._make(fact)
             case CommandBegun():
-                self.unfinished[fact.id] = Unfinished(fact)
+                commands[fact.id] = Unfinished(fact)
             case CommandTried():
-                self.unfinished[fact.id].attempt = fact.attempt
+                commands[fact.id].attempt = fact.attempt
             case CallbackMade():
-                self.unfinished[fact.command].made.append(fact)
+                commands[fact.command].made.append(fact)
             case CallbackAnswered():
-                self.unfinished[fact.command].answered[fact.n] = fact.reply
+                commands[fact.command].answered[fact.n] = fact.reply
             case CommandEnded():
-                begun = self.unfinished.pop(fact.id).begun
-                if begun.key is not None and fact.error is None:
-                    self.finished[begun.session, begun.key] = (begun, fact)
-                    self._sessions[begun.session].bytes += len(fact.result or b"")
+                begun = commands[fact.id].begun
+                if (state := self._sessions.get(begun.session)) is not None:
+                    del commands[fact.id]
+                    if begun.key is not None and fact.error is None:
+                        state.keep_finished(begun, fact, 0)
             case _:
                 session = getattr(fact, "session", None)
                 if session not in self._sessions:
@@ -137,8 +133,7 @@ class Store:
         with self._lock:
             state = self._sessions.get(id)
             number = 0
-            if state is not None and self._expired(state, self.clock()):
-                self._forget(state, "has expired")
+            if state is not None and self._expire(state, self.clock()):
                 state = None
             if state is None:
                 self._check_room(1)
@@ -163,29 +158,40 @@ class Store:
     def delete(self, id: str) -> int:
         """Forget a session and all it owns, its journal included. Raises `NotFound`."""
         with self._lock:
-            state = self._sessions.pop(id, None)
+            state = self._sessions.get(id)
             if state is None:
                 raise NotFound(f"there is no session {id!r}")
-            return self._forget(state, "was deleted")
+            commands = list(state.unfinished)
+            number = state.forget()
+            self._drop(state, commands)
+            return number
 
-    def _forget(self, state: SessionState, why: str) -> int:
-        self.unfinished = {k: u for k, u in self.unfinished.items() if u.begun.session != state.id}
-        self.finished = {k: f for k, f in self.finished.items() if k[0] != state.id}
-        return state.forget(why)
+    def _expire(self, state: SessionState, now: float) -> bool:
+        commands = list(state.unfinished)
+        if not state.expire(now):
+            return False
+        self._drop(state, commands)
+        return True
 
-    def _expired(self, state: SessionState, now: float) -> bool:
-        return state.expires is not None and not state.busy and now >= state.expires
+    def _drop(self, state: SessionState, commands: list[str]) -> None:
+        # Only once it is gone: if the log takes nothing any more, it stays where it was.
+        del self._sessions[state.id]
+        for id in commands:
+            self._unfinished.pop(id, None)
+        if self.on_forget is not None:
+            self.on_forget(state.id)
 
     def sweep(self) -> tuple[list[str], float | None]:
-        """Forget the sessions that have expired: their ids, and when the next will, in seconds since the epoch."""
+        """Forget the sessions that have expired: their ids, and when the next will, in seconds since the epoch.
+
+        One at work has no end yet: when it has done its work, the next sweep finds it.
+        """
         now = self.clock()
         with self._lock:
-            gone = [state for state in self._sessions.values() if self._expired(state, now)]
-            for state in gone:
-                del self._sessions[state.id]
-                self._forget(state, "has expired")
-            ends = [s.expires for s in self._sessions.values() if s.expires is not None]
-        return [state.id for state in gone], min(ends, default=None)
+            mortal = [state for state in self._sessions.values() if state.ttl is not None]
+            gone = [state.id for state in mortal if state.expired(now) and self._expire(state, now)]
+            ends = [s.expires for s in mortal if s.expires is not None and not s.busy and not s.deleted]
+        return gone, min(ends, default=None)
 
     def take(self, batches: Sequence[Sequence[Fact]]) -> list[str]:
         """Add sessions made elsewhere, each as one commit; their ids.
@@ -223,13 +229,42 @@ class Store:
 
     def forget_keys(self, before: float) -> None:
         """Forget the results of commands with an idempotency key that ended before that time."""
+        for state in self._all():
+            if state.finished:
+                state.forget_keys(before)
+
+    def _all(self) -> list[SessionState]:
         with self._lock:
-            old = [(key, *done) for key, done in self.finished.items() if done[1].ended < before]
-            if old:
-                self.log.append([CommandForgotten(begun.id) for _, begun, _ in old])
-            for key, begun, ended in old:
-                del self.finished[key]
-                self._sessions[begun.session].bytes -= len(ended.result or b"")
+            return list(self._sessions.values())
+
+    # -- commands that were interrupted ------------------------------------------
+
+    def unfinished_commands(self) -> list[Unfinished]:
+        """Those of every session, in the order in which they began."""
+        with self._lock:
+            states = set(self._unfinished.values())
+        found = [unfinished for state in states for unfinished in state.unfinished_commands()]
+        return sorted(found, key=lambda unfinished: unfinished.begun.began)
+
+    def find_unfinished(self, id: str) -> Unfinished | None:
+        with self._lock:
+            state = self._unfinished.get(id)
+            return None if state is None else state.unfinished.get(id)
+
+    def add_unfinished(self, unfinished: Unfinished) -> None:
+        """Nothing is added if its session is gone."""
+        with self._lock:
+            state = self._sessions.get(unfinished.begun.session)
+            if state is not None and state.add_unfinished(unfinished):
+                self._unfinished[unfinished.begun.id] = state
+
+    def remove_unfinished(self, id: str) -> None:
+        """Nothing happens if there is none."""
+        with self._lock:
+            if (state := self._unfinished.pop(id, None)) is not None:
+                state.remove_unfinished(id)
+
+    # -- all of them -------------------------------------------------------------
 
     def __iter__(self) -> Iterator[str]:
         with self._lock:
@@ -239,8 +274,14 @@ class Store:
         return len(self._sessions)
 
     def close(self) -> None:
-        """Everything is on disk, and the file is free."""
-        for state in list(self._sessions.values()):
-            if state.ttl is not None:
-                state.save_use()
-        self.log.close()
+        """Everything is on disk, and the file is free: that even if it raises.
+
+        Raises:
+            StoreFailed: something could not be written.
+        """
+        try:
+            for state in self._all():
+                if state.ttl is not None:
+                    state.save_use()
+        finally:
+            self.log.close()

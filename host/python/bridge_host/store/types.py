@@ -14,7 +14,7 @@ import msgspec
 from pydantic import PydanticUserError, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from bridge_kernel.contract.errors import InvalidValue
+from bridge_kernel.contract.errors import InvalidValue, MalformedValue
 
 from ..values import Stored, store
 from .kinds import DEFAULT, KIND, KINDS, REMARKS, named, rule_of
@@ -107,8 +107,16 @@ class VariableType:
         return msgspec.json.decode(self.json)  # type: ignore[no-any-return]
 
     def check(self, name: str, stored: Stored) -> None:
-        """Raise `InvalidValue` unless the value fits; the message begins with the variable's name."""
-        problem = self._problem(stored)
+        """Raise `InvalidValue` unless the value fits; the message begins with the variable's name.
+
+        Raises:
+            MalformedValue: what is stored is damaged.
+        """
+        try:
+            problem = self._problem(stored)
+        except MalformedValue:
+            stored.tree(name[:60])  # raises the same, said of the variable
+            raise
         if problem is not None:
             raise InvalidValue(f"{name[:60]}{problem}", remedy=f"Its type is {self}.")
 

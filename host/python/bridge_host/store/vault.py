@@ -7,6 +7,7 @@ exception, repr or log. The sealed bytes are the store's to keep.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 import threading
@@ -45,6 +46,7 @@ class Vault:
         """The key is in the first of the places that has one; a new one goes into the last."""
         self._places = places
         self._fernet: Fernet | None = None
+        self._digest_key = b""
         self._lock = threading.Lock()
 
     @classmethod
@@ -85,6 +87,14 @@ class Vault:
         """
         return self._key(make=True).encrypt(clear)
 
+    def fingerprint(self, content: bytes) -> bytes:
+        """16 bytes that are the same for the same content, and tell nobody without the key what that is.
+
+        Raises as `seal` does.
+        """
+        self._key(make=True)
+        return hashlib.blake2b(content, digest_size=16, key=self._digest_key).digest()
+
     def unseal(self, sealed: bytes, what: str = "a secret") -> bytes:
         """What was sealed; `what` is what an error calls it.
 
@@ -117,7 +127,7 @@ class Vault:
             key = place.read()
             if key is not None:
                 try:
-                    return Fernet(key)
+                    return self._made(Fernet, key)
                 except ValueError:
                     raise SecretUnreadable(f"what is in {place} is no key") from None
         if not make:
@@ -130,7 +140,12 @@ class Vault:
                 f"the key of secrets cannot be kept in {self._places[-1]}: {exc.strerror}",
                 remedy="See to the permissions and the space there; nothing was sealed.",
             ) from exc
-        return Fernet(key)
+        return self._made(Fernet, key)
+
+    def _made(self, kind: type[Fernet], key: bytes) -> Fernet:
+        # Derived, for one key serves one purpose; from the key itself, for it must be the same in another life.
+        self._digest_key = hashlib.blake2b(key, digest_size=32, person=b"bridge.digest").digest()
+        return kind(key)
 
     def __str__(self) -> str:
         return " or ".join(map(str, self._places))

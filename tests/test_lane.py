@@ -1016,6 +1016,7 @@ def test_a_write_may_ask_for_the_version_that_it_replaces(answering: Wire, kind:
 def test_a_ping_is_no_command(start: Callable[..., Wire]) -> None:
     host = start("--Policy.max_commands=1")
     pid = host.run("os.getpid").value
+    host.until_idle()
     running = host.call(GATED)
     gate = host.callback("gate")
     ping = host.start("kernel.ping")

@@ -21,7 +21,9 @@ class CommandStopped(BaseException):
     """
 
 
-_lock = threading.Lock()
+# Re-entrant: a finalizer that prints may run inside any of these, and to print is to send within a shield. Each pair of
+# steps that it takes here undoes itself.
+_lock = threading.RLock()
 _shields: dict[int, int] = {}  # thread → how many shields it is within
 _owed: set[int] = set()  # threads to be stopped as soon as they leave their shield
 _sent: set[int] = set()  # threads in which the exception was raised, delivered or not: CPython does not say

@@ -230,6 +230,10 @@ class Driver:
     async def _failed(self, biz: str, todo: plan.Step, place: plan.Place, exc: BridgeError) -> plan.Place:
         self._write(plan.Failed(biz, todo.kind, f"{type(exc).__name__}: {exc}", time.time()))
         await self._expect(exc)
+        # What has a key and lost its kernels could be gone on with; this session begins the step anew instead.
+        for left in self.host.interrupted():
+            if left.session == biz.partition("/")[0]:
+                self.host.drop(left.id)
         return plan.Place(place.step, place.failures + 1)
 
     async def _expect(self, exc: BridgeError) -> None:

@@ -18,7 +18,6 @@ from bridge_kernel.contract.errors import (
     HostClosed,
     KernelDied,
     LimitExceeded,
-    Quarantined,
     ReplayDiverged,
     SourceMissing,
     StoreFailed,
@@ -202,7 +201,8 @@ class Engine:
         # A host that closes has not ended its commands: they are listed when it is opened again.
         if self.closing or isinstance(error, HostClosed | StoreFailed) or running.session.deleted or running.committed:
             return 0
-        if running.begun.key is not None and isinstance(error, KernelDied | Quarantined | DeadlineExceeded):
+        out_of_time = isinstance(error, DeadlineExceeded) and running.remaining_ms() == 0
+        if running.begun.key is not None and (running.lost or out_of_time):
             # Whoever comes with the key again must not pay twice: the command goes on then where it was.
             self.recovery.suspend(running)
             return 0
@@ -258,6 +258,7 @@ class Engine:
 
     def _check_may_run_again(self, running: Running, exc: KernelDied, died: int, retries: int) -> None:
         """Raise if this was the last attempt."""
+        running.lost = True  # unless there is another attempt
         if died > SHARED_ATTEMPTS:
             raise self.quarantine.add(
                 running.prepared.digest(), running.subject, running.session.id, died, exc.message
@@ -268,6 +269,7 @@ class Engine:
             raise KernelDied(
                 f"{exc.message}; the command called back too often to be repeated", remedy="Split it into several."
             ) from exc
+        running.lost = False
         self.telemetry.emit(
             ("bridge", "execution", "retry"),
             {"attempt": running.attempt + 1, "recorded": len(running.journal)},

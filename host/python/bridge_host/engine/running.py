@@ -105,6 +105,7 @@ class Running:
         self.on_chunk = on_chunk
         self.attempt = 0
         self.committed = False
+        self.lost = False  # whether its last kernel was lost: what its code raised is another matter
         self.unheard = False  # whether its kernel did not even say that the deadline had passed
         self.client: KernelClient | None = None
         self.request_id = 0  # what the kernel of this attempt knows it by

@@ -842,6 +842,7 @@ def test_whatever_ends_a_kernel_the_command_goes_on_elsewhere_and_pays_once(
     before = {kernel.pid for kernel in watched.kernels()}
     number, pid = session.call("f")
     assert (number, paid, session["number"]) == (1, [1], 1)
+    eventually(lambda: watched.telemetry.events("bridge", "kernel", "stop"), "its end is told")
     (stop,) = watched.telemetry.events("bridge", "kernel", "stop")
     assert stop.metadata["pid"] in before - {pid}, "the one that was lost is not the one that answered"
     eventually(lambda: len([k for k in watched.kernels() if k.state == "ready"]) == 2, "another took its place")

@@ -10,19 +10,19 @@ import argparse
 import asyncio
 import json
 import random
-import signal
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench.peers import PAYLOAD, RAW, Place, launch, launch_host, machine, open_peers
-from rich.console import Console
+from bench.report import measured
 from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from bench.peers import Peer, Transport
+    from rich.console import Console
 
 __all__ = ("main", "measure", "measure_starts")
 
@@ -164,17 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds, options.calls, options.starts = 2, 10, 1
-    # As Ctrl-C: contexts end what they started.
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
-    try:
-        report = _run(options.transport, options.rounds, options.calls, options.starts)
-    except KeyboardInterrupt:
-        return 130
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    console = Console()
-    _show(report, console if console.is_terminal else Console(width=120))
-    return 0
+    return measured(lambda: _run(options.transport, options.rounds, options.calls, options.starts), _show, options.json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import random
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from bench.peers import machine
-from rich.console import Console
+from bench.report import measured
 from rich.table import Table
 
 from bridge_host import AsyncHost
@@ -32,6 +31,8 @@ from bridge_host.pool.routing import Ask, routing_named
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+
+    from rich.console import Console
 
     from bridge_host import AsyncSession, Event
     from bridge_host.pool.routing import Chosen
@@ -365,18 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few seconds: does it run, not how fast it is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
     options = parser.parse_args(arguments)
-    # As Ctrl-C: contexts end what they started.
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
     about = machine()
-    try:
-        report = {"machine": about, **asyncio.run(_measure(quick=options.quick))}
-    except KeyboardInterrupt:
-        return 130
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    console = Console()
-    _show(report, console if console.is_terminal else Console(width=120))
-    return 0
+    return measured(lambda: {"machine": about, **asyncio.run(_measure(quick=options.quick))}, _show, options.json)
 
 
 if __name__ == "__main__":

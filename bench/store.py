@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import random
-import signal
 import sqlite3
 import statistics
 import subprocess
@@ -22,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from bench.peers import PAYLOAD, machine
+from bench.report import measured
 from bench.store_peers import VALUES, open_async_writer, open_readers, open_writers
 from bench.store_scale import TASKS, VARIABLES
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bench.store_peers import Writer
+    from rich.console import Console
 
     from bridge_host import AsyncSession
 
@@ -315,18 +315,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few seconds: does it run, not how fast it is")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
     options = parser.parse_args(arguments)
-    # As Ctrl-C: contexts end what they started.
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
-    try:
+
+    def measure() -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="bench-", dir=options.directory) as directory:
-            report = _run(Path(directory), quick=options.quick)
-    except KeyboardInterrupt:
-        return 130
-    if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    console = Console()
-    _show(report, console if console.is_terminal else Console(width=120))
-    return 0
+            return _run(Path(directory), quick=options.quick)
+
+    return measured(measure, _show, options.json)
 
 
 if __name__ == "__main__":

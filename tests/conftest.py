@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from bridge_host import Host
 from bridge_host.pool import Pool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from bridge_host import Session
 
@@ -21,6 +22,14 @@ KERNELSIDE = str(Path(__file__).parent / "kernelside")
 """What the tests' kernels can import besides what is installed."""
 
 _numbers = itertools.count(1)
+
+
+def eventually(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> None:
+    """Wait for what another process or thread does; the condition decides, not the clock."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

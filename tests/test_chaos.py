@@ -20,7 +20,7 @@ import pytest
 from chaos import plan
 from chaos.checks import problems
 from chaos.faults import Chaos, faults, marked
-from test_host import eventually
+from conftest import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -34,8 +34,7 @@ from bridge_host import (
     ReplayDiverged,
     current_call,
 )
-from conftest import KERNELSIDE
-from test_host import eventually
+from conftest import KERNELSIDE, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -846,7 +845,9 @@ def test_whatever_ends_a_kernel_the_command_goes_on_elsewhere_and_pays_once(
     (stop,) = watched.telemetry.events("bridge", "kernel", "stop")
     assert stop.metadata["pid"] in before - {pid}, "the one that was lost is not the one that answered"
     eventually(lambda: len([k for k in watched.kernels() if k.state == "ready"]) == 2, "another took its place")
-    eventually(lambda: not psutil.pid_exists(int(stop.metadata["pid"])), "nothing is left of the lost one")
+    lost = stop.metadata["pid"]
+    assert isinstance(lost, int)
+    eventually(lambda: not psutil.pid_exists(lost), "nothing is left of the lost one")
 
 
 def test_late_words_of_a_kernel_that_was_given_up_change_nothing(watched: Host, tmp_path: Path) -> None:

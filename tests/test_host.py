@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import threading
-import time
 from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any
 
@@ -32,18 +31,10 @@ from bridge_host import (
     Tool,
 )
 from bridge_host.values import store
-from conftest import KERNELSIDE
+from conftest import KERNELSIDE, eventually
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-def eventually(condition: Any, what: str, seconds: float = 10.0) -> None:
-    """Wait for what another process does; the condition decides, not the clock."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
 
 
 # -- the principles, word for word ---------------------------------------------

@@ -14,13 +14,14 @@ import decimal
 import math
 import os
 import random
-import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import conftest
 from bridge_host import BridgeError, Host, Instance, Session, Tool
 from bridge_host.pool.pool import Recycle
 from conftest import KERNELSIDE
@@ -34,12 +35,7 @@ if TYPE_CHECKING:
 Step = tuple[Any, ...]
 
 
-def eventually(condition: Callable[[], Any], what: str, seconds: float = 15.0) -> None:
-    """Wait for what another process does; the condition decides, not the clock."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
+eventually = partial(conftest.eventually, seconds=15.0)
 
 
 # -- the session's functions: each tries to leave something behind -----------------------------
@@ -439,7 +435,7 @@ class Fresh:
             kernels = self.host._host.engine.pool.kernels
             return len(kernels) == self.KERNELS and all(k.routable and k.id not in self.used for k in kernels)
 
-        eventually(renewed, "fresh kernels", 60)
+        eventually(renewed, "fresh kernels", seconds=60)
 
 
 @pytest.fixture(scope="module")

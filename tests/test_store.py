@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+import conftest
 from bridge_host.functions import FunctionSource
 from bridge_host.store import Quota, Unfinished, Write, migrations
 from bridge_host.store import facts as f
@@ -39,7 +40,7 @@ from bridge_kernel.contract.errors import LimitExceeded, NotFound, QuotaExceeded
 from bridge_kernel.contract.methods import LM
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 FORMATS = Path(__file__).parent / "store_formats"
 
@@ -152,12 +153,7 @@ def writer_held(path: str) -> Iterator[None]:
         db.execute("ROLLBACK")
 
 
-def eventually(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
-    """Wait for what another thread does; the condition decides, not the clock."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"not within {seconds} s: {what}"
-        time.sleep(0.005)
+eventually = partial(conftest.eventually, seconds=20.0)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 import weakref
 from concurrent.futures import CancelledError
@@ -59,20 +58,12 @@ from bridge_host.values import ValueReader, ValueWriter
 from bridge_kernel.contract.errors import MalformedValue
 from bridge_kernel.contract.methods import Command, InstanceCreated, State
 from bridge_kernel.contract.values import Record
-from conftest import KERNELSIDE
+from conftest import KERNELSIDE, eventually
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
 LIMITS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-
-
-def eventually(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> None:
-    """Wait for what another process does; the condition decides, not the clock."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"not within {seconds} s: {what}"
-        time.sleep(0.01)
 
 
 def gone(pid: int) -> bool:

@@ -43,23 +43,19 @@ class InstanceBase:
 
         A pickle is returned as its bytes, which the host never loads. Read without a kernel.
         """
-        known = self._known
-        return known.state.read("state")
+        return self._known.state.read("state")
 
     @property
     def version(self) -> int:
         """1 for a new instance, one more for each call that changed it."""
-        known = self._known
-        return known.version
+        return self._known.version
 
     @property
     def __bridge_tag__(self) -> Tag:
-        known = self._known
-        return Ref(self._ref, known.cls)
+        return Ref(self._ref, self._known.cls)
 
     def __dir__(self) -> list[str]:
-        known = self._known
-        return sorted({*super().__dir__(), *known.methods})
+        return sorted({*super().__dir__(), *self._known.methods})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, InstanceBase) and other._ref == self._ref

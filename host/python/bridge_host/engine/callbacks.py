@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.values import Tag
 
     from ..client import KernelClient
-    from ..store import SessionState, Store
+    from ..store import SessionState, Staged, Store
     from ..tasks import Tasks
     from ..telemetry import Telemetry
     from ..tools import Tool
@@ -198,7 +198,7 @@ class Callbacks:
             return
         versions: dict[str, int] | None = None
         try:
-            reply, versions = self._read(running, method, params)
+            reply, versions = self._read(running.session, running.staged, method, params)
         except BridgeError as exc:
             reply = Recorded(None, (), error_object(exc))  # what is not there is not there the second time either
         entry = journal.record(params.seq, method, params, buffers)
@@ -237,28 +237,30 @@ class Callbacks:
         made = self.made(running, entry)
         if reply is None:
             return log.append([made])
-        seal = self._store.vault.seal if running.prepared.secret else bytes
-        return log.append([made, CallbackAnswered(running.id, entry.n, seal(reply))])
+        return log.append([made, CallbackAnswered(running.id, entry.n, self._sealed(running, reply))])
+
+    def _sealed(self, running: Running, content: bytes) -> bytes:
+        return self._store.vault.seal_if(running.prepared.secret, content)
 
     def made(self, running: Running, entry: Entry) -> CallbackMade:
         """A callback as it is journaled: sealed if the command carries secrets."""
         params = msgspec.json.encode(entry.params)
         asked = msgspec.msgpack.encode(_Asked(params, tuple(map(bytes, entry.buffers)), entry.effect))
-        seal = self._store.vault.seal if running.prepared.secret else bytes
         about = entry.params.name if isinstance(entry.params, ToolCall) else ""
         digest = b"" if running.prepared.secret else entry.digest  # what it asked could be guessed from it
-        return CallbackMade(running.id, entry.n, entry.seq, entry.method, about, digest, seal(asked))
+        return CallbackMade(running.id, entry.n, entry.seq, entry.method, about, digest, self._sealed(running, asked))
 
     def answered(self, running: Running, entry: Entry) -> bytes | None:
         """Its reply as it is journaled; None if there is none yet."""
-        if entry.reply is None:
-            return None
-        seal = self._store.vault.seal if running.prepared.secret else bytes
-        return seal(_encode_reply(entry.reply))
+        return None if entry.reply is None else self._sealed(running, _encode_reply(entry.reply))
 
-    def _read(self, running: Running, method: str, params: Any) -> tuple[Recorded, dict[str, int] | None]:
-        """What needs no tool: answered at once, here on the loop. The second member: the versions it saw."""
-        view, session = running.staged, running.session
+    def _read(
+        self, session: SessionState, view: SessionState | Staged, method: str, params: Any
+    ) -> tuple[Recorded, dict[str, int] | None]:
+        """What needs no tool: answered at once, here on the loop. The second member: the versions it saw.
+
+        `view` is what a command sees of its session's variables; a cell sees the session itself.
+        """
         match method:
             case "session.get":
                 variable = view.get(params.name)
@@ -310,14 +312,14 @@ class Callbacks:
             return
         if isinstance(params, SessionSet):
             commit = session.set(params.name, store_tree(params.value, buffers, params.name), params.if_version)
-            version = session.version_of(params.name)
-            self._tasks.start_soon(self._answer_when_durable, client, request.id, Versioned(version), commit.number)
+            written = Versioned(commit.versions[params.name])
+            self._tasks.start_soon(self._answer_when_durable, client, request.id, written, commit.number)
             return
         if isinstance(params, SessionDelete):
             commit = session.delete(params.name, params.if_version)
             self._tasks.start_soon(self._answer_when_durable, client, request.id, Nothing(), commit.number)
             return
-        reply, _ = self._read(_Cell(session), request.method, params)  # type: ignore[arg-type]
+        reply, _ = self._read(session, session, request.method, params)
         _send(client, request.id, reply)
 
     async def _answer_when_durable(
@@ -423,14 +425,6 @@ def _in_thread(tool: Tool, arguments: dict[str, Any]) -> tuple[BaseException | N
         return None, tool.function(**arguments)
     except BaseException as exc:  # noqa: BLE001 - whatever it raises is its answer
         return exc, None
-
-
-class _Cell:
-    """What a reading needs of a command, for a cell: the session itself, with nothing staged over it."""
-
-    def __init__(self, session: SessionState) -> None:
-        self.session = session
-        self.staged = session
 
 
 def _send(client: KernelClient, id: int | str, reply: Recorded) -> None:

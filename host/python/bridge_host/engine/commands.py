@@ -159,6 +159,10 @@ class Prepared(NamedTuple):
     secret: bool = False
     """Whether it carries secrets: what is kept of it on disk is sealed then."""
 
+    def fingerprint(self, vault: Vault) -> bytes:
+        """As `digest`, to be kept: if it carries secrets, nobody can guess from it what was asked."""
+        return vault.fingerprint(self.digest()) if self.secret else self.digest()
+
     def digest(self) -> bytes:
         """The same for two commands that ask the same."""
         request = msgspec.structs.replace(self.request, ref="") if isinstance(self.request, Create) else self.request

@@ -144,10 +144,9 @@ class Engine:
     ) -> Running:
         """Take a command, and journal that it was taken; `begun` and `journal` are those of one that goes on."""
         parent, deadline = terms.parent, terms.deadline
-        depth = parent.depth + 1 if parent is not None else 0
-        if depth > MAX_NESTING:
+        if parent is not None and parent.depth >= MAX_NESTING:
             raise LimitExceeded(
-                f"commands are nested {depth} deep, at most {MAX_NESTING}",
+                f"commands are nested {parent.depth + 1} deep, at most {MAX_NESTING}",
                 remedy="A tool seems to call, through commands, itself.",
             )
         if len(self.quarantine):
@@ -162,14 +161,11 @@ class Engine:
         return Running(begun, session, prepared, journal or Journal(), until, parent, trace, on_chunk)
 
     def _begun(self, session: SessionState, prepared: Prepared, key: str | None) -> CommandBegun:
-        log, vault = self.store.log, self.store.vault
+        vault = self.store.vault
         content = digest = b""
-        if log.on_disk or key is not None:
-            # Keyed if there are secrets: else what was asked could be guessed from it.
-            digest = vault.fingerprint(prepared.digest()) if prepared.secret else prepared.digest()
-        if log.on_disk or key is not None:
-            content = msgspec.json.encode(prepared.request)
-            content = vault.seal(content) if prepared.secret else content
+        if self.store.log.on_disk or key is not None:
+            digest = prepared.fingerprint(vault)
+            content = vault.seal_if(prepared.secret, msgspec.json.encode(prepared.request))
         id = f"{self._prefix}{next(self._numbers):x}"
         method, subject = prepared.method, prepared.subject
         return CommandBegun(id, session.id, method, subject, key, digest, content, prepared.secret, time.time())
@@ -282,20 +278,15 @@ class Engine:
         changes = running.prepared.changes(reply)
         result = None
         if begun.key is not None:
-            result = keep_reply(reply)
-            if running.prepared.secret:
-                result = self.store.vault.seal(result)
+            result = self.store.vault.seal_if(running.prepared.secret, keep_reply(reply))
         ended = CommandEnded(running.id, None, result, time.time(), running.attempt, len(running.journal))
         if not staged.writes and not changes and result is None:
             running.session.touch()  # that it is still there
             number = log.append([ended])
         else:
-            number = running.session.commit(
-                staged.writes,
-                instances=changes,
-                facts=[ended],
-                finished=(begun, ended) if begun.key is not None else None,
-            ).number
+            kept = (begun, ended) if begun.key is not None else None
+            facts = [ended] if kept is None else ()
+            number = running.session.commit(staged.writes, instances=changes, facts=facts, finished=kept).number
         running.committed = True
         if log.on_disk and (staged.writes or changes or begun.key is not None or running.journal.effects):
             await asyncio.shield(log.durable(number))

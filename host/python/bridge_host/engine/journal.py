@@ -127,7 +127,7 @@ class Journal:
         for entry in self._entries.values():
             if entry.seq is None:
                 self._free[entry.digest].append(entry)
-        self.replaying = bool(self._entries)
+        self.replaying = True
 
     def match(
         self, seq: int | None, method: str, params: Callback, buffers: Sequence[Buffer]

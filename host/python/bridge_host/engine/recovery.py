@@ -185,15 +185,14 @@ class Recovery:
 
     def request_of(self, begun: CommandBegun) -> Request:
         """What a journaled command asked. Raises `SecretUnreadable` if it is sealed and the key is gone."""
-        return decode_request(self._store.vault.unseal(begun.request) if begun.sealed else begun.request)
+        return decode_request(self._store.vault.unseal_if(begun.sealed, begun.request))
 
     def _entry(self, unfinished: Unfinished, made: CallbackMade) -> Entry:
-        sealed = unfinished.begun.sealed
-        content = self._store.vault.unseal(made.request) if sealed else made.request
-        params, buffers, effect = decode_asked(made, content)
+        sealed, vault = unfinished.begun.sealed, self._store.vault
+        params, buffers, effect = decode_asked(made, vault.unseal_if(sealed, made.request))
         entry = Entry(made.n, made.seq, made.method, params, buffers, effect=effect)
         if (answer := unfinished.answered.get(made.n)) is not None:
-            entry.reply, entry.versions = decode_reply(self._store.vault.unseal(answer) if sealed else answer)
+            entry.reply, entry.versions = decode_reply(vault.unseal_if(sealed, answer))
         elif isinstance(params, ToolCall):
             entry.lost = True
             tool = self._store.peek(unfinished.begun.session).tools.get(params.name)
@@ -235,14 +234,13 @@ class Recovery:
         """Run the command that has this key, unless it has run, or runs now, or was interrupted: then go on with that.
 
         Only what succeeded is remembered: a command that failed runs anew, one that lost its kernels or ran out of
-        time goes on where it was. Whoever gives up leaves the others
-        waiting; the command is cancelled with the last of them.
+        time goes on where it was. Whoever gives up leaves the others waiting; the command is cancelled with the last of them.
 
         Raises:
             Conflict: the key is another command's, or that of the very command in whose tool this is.
             DeadlineExceeded: somebody else's run of it takes longer than this caller has.
         """
-        name, digest = (session.id, key), self._fingerprint(prepared)
+        name, digest = (session.id, key), prepared.fingerprint(self._store.vault)
         if (done := session.finished.get(key)) is not None:
             _check_same(key, done.begun.digest, digest)
             await self._store.log.durable(done.number)  # who ran it may still be waiting for the disk
@@ -312,14 +310,10 @@ class Recovery:
     def _outcome(self, session: SessionState, prepared: Prepared, done: Finished) -> Outcome:
         begun, result = done.begun, done.ended.result
         assert result is not None
-        kept = msgspec.msgpack.decode(self._store.vault.unseal(result) if begun.sealed else result, type=_KeptReply)
+        kept = msgspec.msgpack.decode(self._store.vault.unseal_if(begun.sealed, result), type=_KeptReply)
         # The first call's request: a Create has the ref under which the instance is known.
         request = self.request_of(begun) if begun.request else prepared.request
         return Outcome(Reply(msgspec.Raw(kept.result), kept.buffers), prepared._replace(request=request), session)
-
-    def _fingerprint(self, prepared: Prepared) -> bytes:
-        digest = prepared.digest()
-        return self._store.vault.fingerprint(digest) if prepared.secret else digest
 
     async def _begin_or_resume(
         self, session: SessionState, prepared: Prepared, key: str, digest: bytes, terms: Terms

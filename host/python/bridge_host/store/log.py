@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .facts import Fact
 
-__all__ = ("KEPT_BYTES", "KEPT_COMMANDS", "KEPT_VERSIONS", "Journaled", "Log", "MemoryLog", "pruned")
+__all__ = ("KEPT_BYTES", "KEPT_COMMANDS", "KEPT_VERSIONS", "Journaled", "Log", "MemoryLog")
 
 KEPT_VERSIONS: Final = 100
 """How many versions of a variable are kept, the current one included."""
@@ -83,19 +83,6 @@ class Log(Protocol):
     def close(self) -> None:
         """Put everything on disk and let go of the file."""
         ...
-
-
-def pruned(versions: Sequence[VariablePut]) -> int:
-    """How many of a variable's versions, the oldest first, are not to be kept any more."""
-    drop = max(0, len(versions) - KEPT_VERSIONS)
-    before = [v.value.size if v.value is not None else 0 for v in versions[drop:-1]]
-    total = sum(before)
-    for size in before:
-        if total <= KEPT_BYTES:
-            break
-        total -= size
-        drop += 1
-    return drop
 
 
 class MemoryLog:

@@ -280,9 +280,8 @@ class SessionState:
             self.touch()
             growth, more, new = 0, 0, 0
             if finished is not None:
-                growth += self._growth_by(kept := _kept(*finished, 0))
-                if kept.ended not in facts:
-                    facts = [*facts, kept.ended]
+                growth += self._growth_by(_kept(*finished, 0))
+                facts = [*facts, finished[1]]
             versions: dict[str, int] = {}
             puts: list[Fact] = []
             changes: list[Change] = []

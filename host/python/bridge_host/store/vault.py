@@ -87,6 +87,14 @@ class Vault:
         """
         return self._key(make=True).encrypt(clear)
 
+    def seal_if(self, secret: bool, content: bytes) -> bytes:
+        """What is kept of a command: sealed if it carries secrets, else as it is."""
+        return self.seal(content) if secret else content
+
+    def unseal_if(self, sealed: bool, content: bytes) -> bytes:
+        """What `seal_if` was given. Raises as `unseal` does."""
+        return self.unseal(content) if sealed else content
+
     def fingerprint(self, content: bytes) -> bytes:
         """16 bytes that are the same for the same content, and tell nobody without the key what that is.
 

@@ -18,16 +18,17 @@ import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
+from bench.load import Load, burn, figures, furnished, load, loops_of, nap, table_of
 from bench.peers import machine
 from bench.report import measured
-from rich.table import Table
+from bench.routing import STRATEGIES, measure_routing, show_routing
 
 from bridge_host import AsyncHost
 from bridge_host.pool.dispatch import Dispatcher
 from bridge_host.pool.options import PoolOptions
-from bridge_host.pool.routing import Ask, routing_named
+from bridge_host.pool.routing import Ask
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bridge_host import AsyncSession, Event
-    from bridge_host.pool.routing import Chosen
 
-__all__ = ("main", "measure_places", "measure_recovery", "measure_routing", "measure_scaling")
+__all__ = ("main", "measure_places", "measure_recovery", "measure_scaling")
 
 SEED: Final = 20240229
 TURN_S: Final = 120.0
@@ -46,74 +46,8 @@ BURN_S: Final = 0.02
 NAP_S: Final = 0.05
 BURNING: Final = 8  # commands in flight that compute
 NAPPING: Final = 64  # that wait
-STRATEGIES: Final = ("fastest", "least_loaded", "random", "pinned")
-MIXED_KERNELS: Final = 2
-SLOW_CLIENTS, FAST_CLIENTS = 1, 6  # of the mix; each sends its next command when the last is answered
-SLOW_S, FAST_S = 0.1, 0.001  # how long they compute, alone
 
 now = time.perf_counter
-
-
-def burn(count: int) -> int:
-    total = 0
-    for i in range(count):
-        total += i * i
-    return total
-
-
-def nap(seconds: float) -> float:
-    import time
-
-    time.sleep(seconds)
-    return seconds
-
-
-class Load(NamedTuple):
-    """Of one turn: commands a second, and how many seconds each took from being sent to being answered."""
-
-    per_s: float
-    seconds: list[float]
-
-
-async def _load(clients: Sequence[Callable[[], Awaitable[object]]], seconds: float) -> Load:
-    """Clients that each send a command when their last one is answered, for so many seconds."""
-    durations: list[float] = []
-
-    async def client(send: Callable[[], Awaitable[object]]) -> None:
-        while (began := now()) < until:
-            await send()
-            durations.append(now() - began)
-
-    began = now()
-    until = began + seconds
-    async with asyncio.timeout(TURN_S):
-        await asyncio.gather(*map(client, clients))
-    return Load(len(durations) / (now() - began), durations)
-
-
-def _loops(seconds: float) -> int:
-    """How many of `burn`'s loops take so long here, alone."""
-    count = 100_000
-    best = float("inf")
-    for _ in range(7):
-        began = now()
-        burn(count)
-        best = min(best, now() - began)
-    return int(count * seconds / best)
-
-
-def _at(durations: Sequence[float], share: float) -> float:
-    """That share of the durations is shorter, in ms."""
-    ordered = sorted(durations)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] * 1e3
-
-
-def _furnished(host: AsyncHost, sessions: int) -> list[AsyncSession]:
-    made = [host.session() for _ in range(sessions)]
-    for session in made:
-        session.function("burn", burn)
-        session.function("nap", nap)
-    return made
 
 
 # -- as many kernels -----------------------------------------------------------------
@@ -122,7 +56,7 @@ def _furnished(host: AsyncHost, sessions: int) -> list[AsyncSession]:
 async def measure_scaling(counts: Sequence[int], naps: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """Throughput and latency by kind of command, peer and number of processes."""
     order, loop = random.Random(SEED), asyncio.get_running_loop()
-    loops = _loops(BURN_S)
+    loops = loops_of(BURN_S)
     senders: dict[tuple[str, str, int], list[Callable[[], Awaitable[object]]]] = {}
     with contextlib.ExitStack() as stack:
         # Started before there are kernels and their connections, of which a fork would inherit the sockets.
@@ -140,7 +74,7 @@ async def measure_scaling(counts: Sequence[int], naps: int, rounds: int, seconds
             senders["waits", "ProcessPoolExecutor", kernels] = [sleeps] * naps
         async with contextlib.AsyncExitStack() as hosts:
             for kernels in counts:
-                sessions = _furnished(await hosts.enter_async_context(AsyncHost(kernels=kernels)), naps)
+                sessions = furnished(await hosts.enter_async_context(AsyncHost(kernels=kernels)), naps)
                 senders["computes", "Bridge", kernels] = [
                     lambda s=session: s.call("burn", loops)  # type: ignore[misc]
                     for session in sessions[:BURNING]
@@ -151,70 +85,18 @@ async def measure_scaling(counts: Sequence[int], naps: int, rounds: int, seconds
                 ]
             measured: dict[tuple[str, str, int], list[Load]] = {key: [] for key in senders}
             for clients in senders.values():
-                await _load(clients, seconds / 4)
+                await load(clients, seconds / 4)
             for _ in range(rounds):
                 for key in order.sample(sorted(senders), len(senders)):
-                    measured[key].append(await _load(senders[key], seconds))
+                    measured[key].append(await load(senders[key], seconds))
     rows = [
-        {"kind": kind, "peer": peer, "kernels": kernels, **_figures(loads)}
+        {"kind": kind, "peer": peer, "kernels": kernels, **figures(loads)}
         for (kind, peer, kernels), loads in measured.items()
     ]
     return sorted(rows, key=lambda row: (row["kind"], row["peer"], row["kernels"]))
 
 
-def _figures(loads: Sequence[Load]) -> dict[str, float]:
-    durations = [duration for load in loads for duration in load.seconds]
-    return {
-        "per_s": statistics.median(load.per_s for load in loads),
-        "p50_ms": _at(durations, 0.5),
-        "p99_ms": _at(durations, 0.99),
-    }
-
-
-# -- routing -------------------------------------------------------------------------
-
-
-class _Switch:
-    """A strategy that can be changed while the pool runs: the strategies are compared on the same kernels."""
-
-    def __init__(self) -> None:
-        self.strategies = {name: routing_named(name) for name in STRATEGIES}
-        self.name = STRATEGIES[0]
-
-    def choose(self, ask: Ask, candidates: Sequence[Chosen]) -> Chosen:
-        return self.strategies[self.name].choose(ask, candidates)
-
-
-async def measure_routing(rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """A mix of slow and fast commands by strategy: how long each kind took beside the other."""
-    order = random.Random(SEED)
-    slow, fast = _loops(SLOW_S), _loops(FAST_S)
-    measured: dict[str, list[tuple[Load, Load]]] = {strategy: [] for strategy in STRATEGIES}
-    switch = _Switch()
-    async with AsyncHost(kernels=MIXED_KERNELS, routing=switch) as host:
-        sessions = _furnished(host, SLOW_CLIENTS + FAST_CLIENTS)
-        for session in sessions:
-            session.function("burn_long", burn)
-
-        async def turn(strategy: str, seconds: float) -> tuple[Load, Load]:
-            switch.name = strategy
-            return await asyncio.gather(
-                _load([lambda s=s: s.call("burn_long", slow) for s in sessions[:SLOW_CLIENTS]], seconds),  # type: ignore[misc]
-                _load([lambda s=s: s.call("burn", fast) for s in sessions[SLOW_CLIENTS:]], seconds),  # type: ignore[misc]
-            )
-
-        for _ in range(rounds):
-            for strategy in order.sample(STRATEGIES, len(STRATEGIES)):
-                await turn(strategy, seconds / 4)
-                measured[strategy].append(await turn(strategy, seconds))
-    return [
-        {
-            "strategy": strategy,
-            "fast": _figures([fast for _, fast in turns]),
-            "slow": _figures([slow for slow, _ in turns]),
-        }
-        for strategy, turns in measured.items()
-    ]
+# -- a place in a kernel --------------------------------------------------------------
 
 
 async def measure_places(counts: Sequence[int], rounds: int, count: int) -> list[dict[str, Any]]:
@@ -257,7 +139,7 @@ async def measure_recovery(repetitions: int) -> list[dict[str, Any]]:
             if next(starts) == spares:  # noqa: B023 - the host is closed before the next one is made
                 complete.set()  # noqa: B023
 
-        host.telemetry.attach("bench-complete", ("bridge", "kernel", "start"), on_start)
+        host.telemetry.attach("bridge.kernel.start", on_start, id="bench-complete")
         async with host:
             await complete.wait()
             session = host.session()
@@ -288,8 +170,8 @@ async def _kill(host: AsyncHost, session: AsyncSession) -> dict[str, float]:
         at["started"] = now()
         started.set()
 
-    host.telemetry.attach("bench-stop", ("bridge", "kernel", "stop"), on_stop)
-    host.telemetry.attach("bench-start", ("bridge", "kernel", "start"), on_start)
+    host.telemetry.attach("bridge.kernel.stop", on_stop, id="bench-stop")
+    host.telemetry.attach("bridge.kernel.start", on_start, id="bench-start")
     try:
         pid = next(kernel.pid for kernel in host.kernels() if kernel.state == "ready")
         began = now()
@@ -307,40 +189,23 @@ async def _kill(host: AsyncHost, session: AsyncSession) -> dict[str, float]:
 # -- the report ----------------------------------------------------------------------
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title)
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _show(report: dict[str, Any], console: Console) -> None:
     for kind, what in (
         ("computes", f"Commands that compute for {BURN_S * 1e3:.0f} ms, {BURNING} in flight"),
         ("waits", f"Commands that wait for {NAP_S * 1e3:.0f} ms, {NAPPING} in flight"),
     ):
-        table = _table(what, "peer", "processes", "a second", "p50 ms", "p99 ms")
+        table = table_of(what, "peer", "processes", "a second", "p50 ms", "p99 ms")
         for row in report["scaling"]:
             if row["kind"] == kind:
                 figures = (f"{row['per_s']:,.0f}", f"{row['p50_ms']:,.0f}", f"{row['p99_ms']:,.0f}")
                 table.add_row(row["peer"], str(row["kernels"]), *figures)
         console.print(table)
-    table = _table(
-        f"A mix on {MIXED_KERNELS} kernels: {SLOW_CLIENTS} client of {SLOW_S * 1e3:.0f} ms, "
-        f"{FAST_CLIENTS} of {FAST_S * 1e3:.0f} ms",
-        *("routing", "fast a second", "fast p50 ms", "fast p99 ms", "slow a second", "slow p50 ms"),
-    )
-    for row in report["routing"]:
-        fast, slow = row["fast"], row["slow"]
-        figures = (f"{fast['per_s']:,.0f}", f"{fast['p50_ms']:.1f}", f"{fast['p99_ms']:.0f}")
-        table.add_row(row["strategy"], *figures, f"{slow['per_s']:.1f}", f"{slow['p50_ms']:.0f}")
-    console.print(table)
-    table = _table("A place in a kernel, taken and given back", "routing", "kernels", "µs", "best µs")
+    show_routing(report["routing"], console)
+    table = table_of("A place in a kernel, taken and given back", "routing", "kernels", "µs", "best µs")
     for row in report["places"]:
         table.add_row(row["strategy"], str(row["kernels"]), f"{row['us']:.1f}", f"{row['best_us']:.1f}")
     console.print(table)
-    table = _table(
+    table = table_of(
         "The only kernel is killed: ms until (worst)", "spares", "death seen", "next command answered", "new one ready"
     )
     for row in report["recovery"]:

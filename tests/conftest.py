@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import bridge_host.host
-from bridge_host import Host
+from bridge_host import Host, Telemetry
 from bridge_host.pool import Pool
+from bridge_kernel.contract.catalogue import problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from bridge_host import Session
+    from bridge_host import Event, Session
 
 KERNELSIDE = str(Path(__file__).parent / "kernelside")
 """What the tests' kernels can import besides what is installed."""
@@ -47,6 +48,23 @@ def instance_cache(request: pytest.FixtureRequest) -> Iterator[None]:
 
             patch.setattr(bridge_host.host, "Pool", without)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def every_event_is_in_the_catalogue() -> Iterator[None]:
+    """Whatever any test's host emits or hears is as the catalogue says."""
+    wrong: dict[str, None] = {}
+    take = Telemetry.take
+
+    def checked(self: Telemetry, event: Event) -> None:
+        if (found := problem(event)) is not None:
+            wrong[found] = None
+        take(self, event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Telemetry, "take", checked)
+        yield
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-__all__ = ("ScriptedLM", "fields")
+__all__ = ("Refused", "Reply", "ScriptedLM", "fields")
 
 MAX_BODY_BYTES: Final = 4 * 1024 * 1024
 MAX_HELD_S: Final = 30.0  # a reply whose event nobody sets goes out then, so that no test hangs
@@ -30,28 +31,49 @@ def fields(**values: str) -> str:
     return "\n\n".join([*(f"[[ ## {name} ## ]]\n{value}" for name, value in values.items()), "[[ ## completed ## ]]"])
 
 
+@dataclass(frozen=True)
+class Reply:
+    """A reply that says how many tokens it took; else words are counted."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+
+
+class Refused(Exception):
+    """Said in place of a reply: an HTTP error of this status."""
+
+    def __init__(self, status: int, message: str = "refused") -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class ScriptedLM:
     """A chat-completions server on 127.0.0.1 that says what it is told to; a context manager.
 
-    `replies` is a list, said in order (one more request than replies is an HTTP 400 that says so), or a function
-    of the request's messages; what the function raises is an HTTP 400 as well. `held` keeps each reply back until
-    the event is set: `received` is set as soon as a request has arrived. Streams when asked to, a word at a time;
-    with `held`, the first word goes out before the wait.
+    `replies` is a list, said in order (one more request than replies is an HTTP 400 that says so; a `Refused` among
+    them is raised), or a function of the request's messages; what the function raises is an HTTP 400 as well, a
+    `Refused` one of its own status. `held` keeps each reply back until the event is set: `received` is set as soon
+    as a request has arrived. Streams when asked to, a word at a time; with `held`, the first word goes out before
+    the wait. `usages` is what it said that its replies took, (input, output) in tokens. A `model` that DSPy knows
+    the price of has a cost.
 
         with ScriptedLM([fields(answer="Paris")]) as lm:
             dspy.LM(lm.model, api_base=lm.api_base, api_key=lm.api_key, cache=False)
     """
 
-    model: Final = "openai/scripted"
     api_key: Final = "none"
 
     def __init__(
         self,
-        replies: Callable[[Messages], str] | Sequence[str],
+        replies: Callable[[Messages], str | Reply] | Sequence[str | Reply | Refused],
         *,
         held: threading.Event | None = None,
+        model: str = "openai/scripted",
     ) -> None:
+        self.model: Final = model
         self.requests: list[dict[str, Any]] = []  # the JSON bodies, in the order of their arrival
+        self.usages: list[tuple[int, int]] = []
         self.received = threading.Event()
         self._reply = replies if callable(replies) else _in_order(replies)
         self._held = held
@@ -74,12 +96,16 @@ class ScriptedLM:
         self._thread.join()
         self._server.server_close()  # waits for the threads of requests, which no longer hold anything
 
-    def take(self, body: dict[str, Any]) -> str:
+    def take(self, body: dict[str, Any]) -> Reply:
         """The reply to a request. One at a time, so that a list is said in the order of `requests`."""
         with self._lock:
             self.requests.append(body)
             self.received.set()
-            return self._reply(body["messages"])
+            said = self._reply(body["messages"])
+            if isinstance(said, str):
+                said = Reply(said, len(json.dumps(body["messages"]).split()), len(said.split()))
+            self.usages.append((said.input_tokens, said.output_tokens))
+            return said
 
     def hold(self) -> None:
         """Return once the test lets replies go, or the server closes."""
@@ -90,12 +116,14 @@ class ScriptedLM:
             waited += 0.02
 
 
-def _in_order(replies: Sequence[str]) -> Callable[[Messages], str]:
+def _in_order(replies: Sequence[str | Reply | Refused]) -> Callable[[Messages], str | Reply]:
     left = iter(replies)
 
-    def reply(messages: Messages) -> str:
-        for text in left:
-            return text
+    def reply(messages: Messages) -> str | Reply:
+        for said in left:
+            if isinstance(said, Refused):
+                raise said
+            return said
         raise LookupError(f"the script has {len(replies)} replies and this is one request more")
 
     return reply
@@ -119,17 +147,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(min(int(self.headers["Content-Length"]), MAX_BODY_BYTES)))
         try:
-            text = self.server.script.take(body)
+            reply = self.server.script.take(body)
         except Exception as failure:  # noqa: BLE001 - a script that fails must fail the request, not hang it
-            self._send_json(400, {"error": {"message": f"ScriptedLM: {failure}", "type": "invalid_request_error"}})
+            status = failure.status if isinstance(failure, Refused) else 400
+            self._send_json(status, {"error": {"message": f"ScriptedLM: {failure}", "type": "invalid_request_error"}})
             return
-        usage = {"prompt_tokens": len(json.dumps(body["messages"]).split()), "completion_tokens": len(text.split())}
+        usage = {"prompt_tokens": reply.input_tokens, "completion_tokens": reply.output_tokens}
         usage["total_tokens"] = sum(usage.values())
         if body.get("stream"):
-            self._stream(text, usage)
+            self._stream(reply.text, usage)
             return
         self.server.script.hold()
-        message = {"role": "assistant", "content": text}
+        message = {"role": "assistant", "content": reply.text}
         choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
         self._send_json(200, _chunk("chat.completion", choices, usage))
 

@@ -633,7 +633,7 @@ def test_a_trace_without_a_parent_is_a_root_and_with_one_its_child() -> None:
     st.dictionaries(text, st.none() | text, max_size=3),
 )
 def test_events_come_back_as_they_went(id: int | str, measurements: dict[str, int | float], metadata: Any) -> None:
-    batch = EventBatch(id, (Event(("bridge", "user", "x"), measurements, metadata),), 3)
+    batch = EventBatch(id, {"session": "s"}, (Event(("bridge", "user", "x"), measurements, metadata),), 3)
     assert msgspec.json.decode(msgspec.json.encode(batch), type=EventBatch) == batch
 
 

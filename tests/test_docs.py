@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import pytest
+from jsonschema import Draft202012Validator
 
 from bridge_kernel.contract import arrays, containers, records, scalars, tables, tags
+from bridge_kernel.contract.catalogue import EVENTS, EXECUTION, schema
 from bridge_kernel.contract.errors import ERRORS
 from bridge_kernel.contract.messages import Notification, Request, decode_message
 from bridge_kernel.contract.methods import METHODS, Callback, Command
@@ -21,13 +23,13 @@ from bridge_kernel.contract.telemetry import TELEMETRY_MIME, EventBatch
 from bridge_kernel.contract.values import decode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
+    from bridge_kernel.contract.catalogue import EventType, Measured, Said
     from bridge_kernel.contract.methods import Method
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 TIMEOUT_S = 120
 
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -64,15 +66,15 @@ EXAMPLES = [block for block in PYTHON if "Host(" in block.text and block.not_run
 JSON = [block for block in BLOCKS if block.language == "json"]
 
 
-def _table(name: str) -> list[str]:
+def _table(name: str, page: str = "protocol") -> list[str]:
     """The rows of the table that follows the comment `<!-- table: name -->`, without its head."""
-    _, found, rest = PROTOCOL.partition(f"<!-- table: {name} -->\n")
-    assert found, f"docs/protocol.md has no table {name!r}"
+    _, found, rest = (ROOT / "docs" / f"{page}.md").read_text().partition(f"<!-- table: {name} -->\n")
+    assert found, f"docs/{page}.md has no table {name!r}"
     return rest.split("\n\n", 1)[0].splitlines()[2:]
 
 
-def _same(name: str, expected: list[str]) -> None:
-    assert _table(name) == expected, "docs/protocol.md should say:\n" + "\n".join(expected)
+def _same(name: str, expected: list[str], page: str = "protocol") -> None:
+    assert _table(name, page) == expected, f"docs/{page}.md should say:\n" + "\n".join(expected)
 
 
 # -- tables ------------------------------------------------------------------
@@ -102,6 +104,29 @@ def test_the_table_of_errors_is_the_contracts() -> None:
             for code, e in ERRORS.items()
         ],
     )
+
+
+def _said(members: Mapping[str, Measured | Said]) -> str:
+    run = EXECUTION.keys() <= members.keys()
+    own = [f"`{name}`{'?' if one.optional else ''}" for name, one in members.items() if not (run and name in EXECUTION)]
+    first = [f"*run*{'?' if members['kernel'].optional else ''}"] if run else []
+    return ", ".join(first + own)
+
+
+def _event_row(event: EventType) -> str:
+    metadata = _said(event.metadata) + (", and the user's own" if event.open else "")
+    cells = ("`" + " ".join(event.name[1:]) + "`", event.side, _said(event.measurements) or "—", metadata, event.says)
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_table_of_events_is_the_catalogue() -> None:
+    _same("events", [_event_row(event) for event in EVENTS.values()], page="telemetry")
+
+
+def test_the_schema_of_events_is_the_catalogue() -> None:
+    written = (ROOT / "docs" / "telemetry.schema.json").read_text()
+    assert written == json.dumps(schema(), indent=2) + "\n"
+    Draft202012Validator.check_schema(json.loads(written))
 
 
 _KINDS = {
@@ -164,7 +189,7 @@ def test_an_example_runs(block: Block, tmp_path: Path) -> None:
 def test_a_message_in_the_documentation_is_one(block: Block) -> None:
     parsed: dict[str, Any] = json.loads(block.text)
     if (batch := parsed.get("data", {}).get(TELEMETRY_MIME)) is not None:
-        msgspec.convert(batch, EventBatch, strict=False)
+        msgspec.convert(batch, tuple[EventBatch, ...], strict=False)
     rpc = parsed.get("data", parsed)
     if "jsonrpc" not in rpc:
         return
@@ -234,7 +259,7 @@ def test_every_guarantee_names_a_test() -> None:
     assert [row for row in promises if not _PROOF.search(row) and not row.endswith("| the same |")] == []
 
 
-@pytest.mark.parametrize("name", ["latency", "store", "pool"])
+@pytest.mark.parametrize("name", ["latency", "store", "pool", "telemetry"])
 def test_the_benchmark_runs(name: str, tmp_path: Path) -> None:
     """It is documentation that runs: `make bench` must not rot. Its figures are asserted nowhere."""
     result = tmp_path / "bench.json"

@@ -293,25 +293,24 @@ def test_telemetry_tells_of_modules_and_models_with_durations_and_tokens(host: H
     with ScriptedLM([fields(reasoning="So.", answer="Paris")]) as lm:
         use(session, lm)
         session.create("dspy.ChainOfThought", "question -> answer")(question="?")
-        usage = len(fields(reasoning="So.", answer="Paris").split())
-    events = [e for e in host.telemetry.events("bridge", "dspy") if e.metadata["session"] == session.id]
+        ((prompt, completion),) = lm.usages
+    events = [e for e in session.telemetry.events("bridge", "dspy") if e.name[2] != "adapter"]
     assert [(*event.name[2:], event.metadata.get("module")) for event in events] == [
         ("module", "start", "ChainOfThought"),
         ("module", "start", "Predict"),
         ("lm", "start", None),
-        ("lm", "usage", None),
         ("lm", "stop", None),
         ("module", "stop", "Predict"),
         ("module", "stop", "ChainOfThought"),
     ]
     assert all(event.measurements["duration"] > 0 for event in events if event.name[-1] == "stop")
     outer, inner, asked, used, *_ = events
-    assert inner.metadata["parent_call"] == outer.metadata["call"]
-    assert asked.metadata["parent_call"] == inner.metadata["call"]
+    assert inner.metadata["parent_span_id"] == outer.metadata["span_id"]
+    assert asked.metadata["parent_span_id"] == inner.metadata["span_id"]
     assert asked.metadata["model"] == "openai/scripted"
-    assert used.measurements["completion_tokens"] == usage
-    assert used.measurements["total_tokens"] == usage + used.measurements["prompt_tokens"]
-    assert used.metadata["session"] == session.id
+    counted = {"input_tokens": prompt, "output_tokens": completion, "tokens": prompt + completion}
+    assert counted.items() <= used.measurements.items()
+    assert f"1 LM call, {prompt + completion:,} tokens" in host.telemetry.lines()[-1]
 
 
 def test_a_model_that_fails_is_an_error_with_the_kernels_traceback_and_is_told(host: Host, session: Session) -> None:

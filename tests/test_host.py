@@ -784,7 +784,7 @@ def test_what_a_command_prints_reaches_the_host_labelled() -> None:
 def test_telemetry_tells_of_every_command_and_never_of_arguments(lonely_host: Host) -> None:
     session = lonely_host.session("told")
     events: list[Any] = []
-    lonely_host.telemetry.attach("test", ("bridge", "execution"), events.append)
+    lonely_host.telemetry.attach("bridge.execution", events.append)
     session["x"] = "SECRET-1"
     session.function("f", "def f(ctx, given):\n    return ctx.get_variable('x') + given\n")
     session.call("f", "SECRET-2")
@@ -809,11 +809,11 @@ def test_a_telemetry_handler_that_raises_is_detached_and_breaks_nothing(lonely_h
     def broken(event: object) -> None:
         raise RuntimeError("mine")
 
-    lonely_host.telemetry.attach("broken", (), broken)
+    lonely_host.telemetry.attach((), broken, id="broken")
     with pytest.warns(UserWarning, match="'broken' raised"):
         lonely_host.session("s").call("math.sqrt", 4)
         lonely_host.telemetry.events()
-    lonely_host.telemetry.attach("broken", (), broken)
+    lonely_host.telemetry.attach((), broken, id="broken")
     lonely_host.telemetry.detach("broken")
 
 

@@ -1431,8 +1431,9 @@ def test_every_command_is_shown_as_display_data_from_its_start_to_its_stop(host:
     for message in shown:
         assert set(message.content["data"]) == {TELEMETRY_MIME, "text/html", "text/plain"}
         assert "gated" in message.content["data"]["text/html"]
-        assert message.content["data"][TELEMETRY_MIME]["command"] == command
-        assert message.content["data"][TELEMETRY_MIME]["dropped"] == 0
+        (batch,) = message.content["data"][TELEMETRY_MIME]
+        assert batch["command"] == command
+        assert batch["dropped"] == 0
     assert shown[-1].content["data"]["text/plain"].startswith("✓ gated")
     assert events[0]["name"] == ["bridge", "execution", "start"]
     assert [e["name"][1:] for e in events[1:-1]] == [["callback", "start"], ["callback", "stop"]]

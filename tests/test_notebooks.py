@@ -59,10 +59,20 @@ def executed(path: Path) -> Any:
     return notebook
 
 
+def is_line(output: Any) -> bool:
+    """Whether it is a line of a command's, which Bridge shows."""
+    return 'class="bridge-line"' in output.get("data", {}).get("text/html", "")
+
+
+def text_of(output: Any) -> str:
+    text: str = output.text if output.output_type == "stream" else output.data["text/plain"]
+    return text
+
+
 def outputs(notebook: Any) -> list[tuple[str, str]]:
-    """(source, text of the output) of each code cell."""
+    """(source, text of the output) of each code cell, without the commands' lines."""
     return [
-        (cell.source, "".join(o.text if o.output_type == "stream" else o.data["text/plain"] for o in cell.outputs))
+        (cell.source, "".join(text_of(output) for output in cell.outputs if not is_line(output)))
         for cell in notebook.cells
         if cell.cell_type == "code"
     ]
@@ -76,7 +86,21 @@ def output_of(notebook: Any, fragment: str) -> str:
 
 def stable(text: str) -> str:
     """Without durations and the names of kernels, which no two runs share."""
+    text = re.sub(r" · queued [\d.]+ (ms|s|min)\b", "", text)
     return re.sub(r"kernel [0-9a-f]{4}\b", "kernel …", re.sub(r"\b[\d.]+ (µs|ms|s)\b", "… s", text))
+
+
+def lines(notebook: Any) -> list[tuple[str, list[str]]]:
+    """(source, the lines of its commands) of each code cell."""
+    return [
+        (cell.source, [stable(text_of(output)) for output in cell.outputs if is_line(output)])
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    ]
+
+
+def without_tokens(line: str) -> str:
+    return re.sub(r", [\d,]+ tokens?", "", line)
 
 
 def test_the_notebooks_are_these() -> None:
@@ -99,6 +123,14 @@ def test_a_notebook_is_committed_with_the_outputs_that_it_has(path: Path) -> Non
         if varying is None or varying not in source:
             assert stable(is_now) == stable(was), f"{source}\n→ {AGAIN}"
         assert bool(is_now) == bool(was), f"{source}\n→ {AGAIN}"
+
+
+@EACH
+def test_a_notebook_is_committed_with_the_lines_that_its_commands_have(path: Path) -> None:
+    committed, fresh = lines(read(path)), lines(executed(path))
+    assert any(told for _, told in fresh)
+    for (source, were), (_, are) in zip(committed, fresh, strict=True):
+        assert [without_tokens(line) for line in are] == [without_tokens(line) for line in were], f"{source}\n→ {AGAIN}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -138,7 +170,7 @@ def test_the_quickstart_shows_what_it_says() -> None:
     assert "object:    [('b', 8), ('a', 5)]" in output_of(quickstart, '"function: "'), "what it was before the kill"
     assert output_of(quickstart, "eigvalsh") == "array([ 3.81966011, 26.18033989])"
     assert output_of(quickstart, "np.zeros") == "((480, 640, 3), dtype('uint8'), 16)"
-    assert "✗ buy" in output_of(quickstart, "telemetry.lines()")
+    assert "18 commands of 14 kinds\n1 bridge.InvalidArguments\n" in output_of(quickstart, "telemetry.errors()")
     reopened = output_of(quickstart, "kernels=0")
     assert "image, last_order, last_total, rows, temperature, vat; instances: collections.Counter letters" in reopened
     assert "last_total: 0.96 - last_order: 1\ninterrupted: []" in reopened
@@ -164,5 +196,8 @@ def test_the_dspy_notebook_shows_what_it_says() -> None:
         "7",
         "2",
     ]
-    assert "completion_tokens:" in output_of(dspy, "completion_tokens")
-    assert output_of(dspy, "trace_id").splitlines()[0] == "bridge.dspy.module.start ChainOfThought"
+    assert re.search(r": 18 calls, \d+ tokens in, \d+ tokens out$", output_of(dspy, "telemetry.models()").strip())
+    kinds = [line.strip() for line in output_of(dspy, "telemetry.trace()").splitlines()]
+    assert kinds[:3] == ["command", "queue", "execution"]
+    assert kinds[5:10] == ["dspy.module", "dspy.module", "dspy.adapter", "dspy.lm", "dspy.adapter"]
+    assert {"callback", "tool"} <= set(kinds)

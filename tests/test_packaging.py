@@ -45,3 +45,8 @@ def test_the_wheel_holds_both_packages_typed_and_nothing_else(wheel: zipfile.Zip
 def test_the_wheel_makes_jupyter_bridge_a_command(wheel: zipfile.ZipFile) -> None:
     (name,) = (n for n in wheel.namelist() if n.endswith("entry_points.txt"))
     assert "jupyter-bridge = bridge_host.cli:main" in wheel.read(name).decode()
+
+
+def test_the_wheel_holds_the_dashboards_page(wheel: zipfile.ZipFile) -> None:
+    static = "bridge_host/telemetry/page/static/"
+    assert {f"{static}dashboard.js", f"{static}dashboard.css"} <= set(wheel.namelist())

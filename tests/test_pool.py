@@ -28,11 +28,14 @@ from bridge_host.pool import orphans
 from bridge_host.pool.admission import FairQueue
 from bridge_host.pool.breaker import Breaker, Change, Circuits
 from bridge_host.pool.heartbeat import Pulse
+from bridge_host.pool.load import Kinds, Load
+from bridge_host.pool.outcomes import outcome_of
 from bridge_host.pool.pool import Pool, PoolOptions, Recycle
 from bridge_host.pool.process import RuntimeDirectory
-from bridge_host.pool.routing import Ask, Durations, Fastest, LeastLoaded, Pinned, Random, routing_named
+from bridge_host.pool.routing import Ask, Fastest, LeastLoaded, Pinned, Random, routing_named
 from bridge_host.tasks import Tasks
 from bridge_host.telemetry import Telemetry
+from bridge_kernel.contract.catalogue import problem
 from bridge_kernel.contract.errors import (
     BridgeError,
     CircuitOpen,
@@ -49,9 +52,9 @@ from conftest import KERNELSIDE
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from bridge_host.pool.breaker import Outcome
     from bridge_host.pool.dispatch import Lease
     from bridge_host.pool.kernel import Kernel
+    from bridge_host.pool.outcomes import Outcome
 
 
 # -- the queue ---------------------------------------------------------------------
@@ -144,36 +147,43 @@ class Place:
         self.id = id
         self.in_flight = in_flight
         self.last_used = last_used
-        self.durations = Durations()
+        self.load = Load(Kinds())
 
 
 ASK = Ask("session", "f")
 
 
 def test_the_fastest_is_where_the_command_took_least_and_the_unknown_is_tried() -> None:
-    a, b = Place("a"), Place("b")
+    a, b = Place("a", last_used=2), Place("b", last_used=1)
     routing = Fastest(clock=lambda: 0.0)
     for seconds in (9.0, 1.0, 1.0):
-        a.durations.record("f", seconds, 0.0)
+        a.load.record("f", seconds, 0.0)
     assert routing.choose(ASK, [a, b]) is b, "unknown is worth a try"
     for seconds in (9.0, 2.0, 2.0):
-        b.durations.record("f", seconds, 0.0)
+        b.load.record("f", seconds, 0.0)
     assert routing.choose(ASK, [a, b]) is a
-    a.in_flight = 3
+    for _ in range(3):
+        a.load.begin("f", 0.0)
     assert routing.choose(ASK, [a, b]) is b, "three seconds of others' work are ahead there"
 
 
 def test_a_first_run_that_paid_for_imports_does_not_count_and_what_is_stale_is_tried_again() -> None:
-    slow, good = Place("slow"), Place("good")
+    slow, good = Place("slow", last_used=1), Place("good", last_used=2)
     now = [0.0]
     routing = Fastest(clock=lambda: now[0])
-    slow.durations.record("f", 30.0, 0.0)
-    assert slow.durations.of("f", 0.0) == 0
+    slow.load.record("f", 30.0, 0.0)
+    assert slow.load.of("f", 0.0) == 0
     for place, seconds in ((slow, 2.0), (good, 1.0), (good, 1.0)):
-        place.durations.record("f", seconds, 0.0)
+        place.load.record("f", seconds, 0.0)
     assert routing.choose(ASK, [slow, good]) is good
     now[0] = 3600.0
-    good.durations.record("f", 1.0, 3600.0)
+    good.load.record("f", 1.0, 3600.0)
+    assert routing.choose(ASK, [slow, good]) is slow
+    trial = slow.load.begin("f", now[0])
+    assert routing.choose(ASK, [slow, good]) is good, "one tries, the others wait for what comes of it"
+    now[0] += 0.5
+    slow.load.end(trial, now[0], typical=True)
+    assert slow.load.of("f", now[0]) == 0.5, "what was before it is forgotten"
     assert routing.choose(ASK, [slow, good]) is slow
 
 
@@ -203,11 +213,13 @@ def test_an_unknown_routing_is_refused_with_the_names_that_there_are() -> None:
     assert routing_named(mine) is mine
 
 
-def test_the_table_of_durations_is_bounded() -> None:
-    durations = Durations()
-    for number in range(10_000):
-        durations.record(f"f{number}", 1.0, 0.0)
-    assert len(durations) == 4096
+def test_what_is_known_of_commands_is_bounded() -> None:
+    kinds = Kinds()
+    load = Load(kinds)
+    for number in range(5_000):
+        for _ in range(3):
+            load.record(f"f{number}", 1.0, 0.0)
+    assert len(load) == len(kinds) == 4096
 
 
 @pytest.mark.parametrize(
@@ -229,6 +241,10 @@ def test_options_that_make_no_sense_are_refused_at_once(options: dict[str, Any],
         Recycle(age_s=-1)
     with pytest.raises(ValueError, match="failures"):
         Breaker(kernel_failures=0)
+    with pytest.raises(ValueError, match="error_rate is a share, more than 0 and at most 1, or None for any rate"):
+        Breaker(error_rate=1.5)
+    with pytest.raises(ValueError, match="error_window is a whole number, 1 to 1000"):
+        Breaker(error_window=1001)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +258,8 @@ def test_options_that_make_no_sense_are_refused_at_once(options: dict[str, Any],
         (lambda: PoolOptions(clock=5), "clock is a function that returns seconds, not 5"),  # type: ignore[arg-type]
         (lambda: Recycle(commands="9"), "recycle: commands is a whole number, 1 or more, not '9'"),  # type: ignore[arg-type]
         (lambda: Recycle(age_s=True), "recycle: age_s is in seconds"),
+        (lambda: Recycle(errors=1), "recycle: errors is True or False, not 1"),  # type: ignore[arg-type]
+        (lambda: Breaker(error_rate="0.5"), "breaker: error_rate is a share, .*, not '0.5'"),  # type: ignore[arg-type]
         (lambda: Breaker(kernel_failures=1.5), "breaker: kernel_failures is a whole number"),  # type: ignore[arg-type]
         (lambda: Breaker(cooldown_s="1"), "breaker: cooldown_s is in seconds, more than 0 and at most 300, not '1'"),  # type: ignore[arg-type]
     ],
@@ -311,13 +329,13 @@ def test_three_failures_in_a_row_open_the_circuit_of_a_kernel_and_success_closes
     for outcome in ("timeout", "timeout", "error", "timeout", "timeout"):
         assert not circus.run("k", outcome)
         assert circus.circuits.admits("k", "f"), "an error of the user's own is a sign of life"
-    assert circus.run("k", "timeout") == [Change(True, "f", "k", 3, 10.0)]
+    assert circus.run("k", "timeout") == [Change(True, "f", "k", 3, 10.0, "timeout")]
     assert not circus.circuits.admits("k", "f")
     assert circus.circuits.admits("other", "f")
     assert circus.circuits.admits("k", "g")
     circus.now = 10.0
     assert circus.circuits.admits("k", "f")
-    assert circus.run("k", "ok") == [Change(False, "f", "k", 3, 0.0)]
+    assert circus.run("k", "ok") == [Change(False, "f", "k", 3, 0.0, "ok")]
     assert not circus.circuits.known
 
 
@@ -326,7 +344,7 @@ def test_five_failures_over_all_kernels_hold_the_command_back_and_one_probe_deci
     for number in range(4):
         assert not circus.run(f"k{number}", "died")
     circus.circuits.require("f")
-    assert circus.run("k4", "died") == [Change(True, "f", "", 5, 10.0)]
+    assert circus.run("k4", "died") == [Change(True, "f", "", 5, 10.0, "died")]
     circus.now = 4.0
     with pytest.raises(CircuitOpen, match="6 s more"):
         circus.circuits.require("f")
@@ -338,13 +356,13 @@ def test_five_failures_over_all_kernels_hold_the_command_back_and_one_probe_deci
         circus.circuits.require("f")
     assert circus.circuits.end("k5", "f", "cancelled", probe=True) == []
     circus.circuits.require("f")
-    assert circus.run("k5", "died") == [Change(True, "f", "", 6, 20.0)]
+    assert circus.run("k5", "died") == [Change(True, "f", "", 6, 20.0, "died")]
     for _ in range(20):
         circus.now += 1000.0
         (change,) = circus.run(f"at {circus.now}", "died")
     assert change.cooldown_s == 300.0, "doubled, up to five minutes"
     circus.now += 300.0
-    assert circus.run("k9", "error") == [Change(False, "f", "", 26, 0.0)]
+    assert circus.run("k9", "error") == [Change(False, "f", "", 26, 0.0, "error")]
 
 
 def test_one_death_is_one_failure_however_many_calls_were_in_flight() -> None:
@@ -421,7 +439,7 @@ class Rig:
             outcome = "ok"
             return json.loads(bytes(reply.result))["value"]
         except BridgeError as exc:
-            outcome = "died" if exc is lease.client.closed else "error"
+            outcome = "died" if exc is lease.client.closed else outcome_of(exc)
             raise
         finally:
             self.pool.release(lease, outcome)
@@ -444,6 +462,7 @@ async def rig(kernels: int = 1, **options: Any) -> AsyncIterator[Rig]:
         made.pool.refuse()
         await made.tasks.close()
         await made.pool.close()
+    assert [wrong for event in made.telemetry.events("bridge") if (wrong := problem(event))] == []
 
 
 def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -672,6 +691,18 @@ async def test_a_kernel_that_is_continued_in_time_works_on() -> None:
         os.kill(kernel.pid, signal.SIGCONT)
         assert await waiting == kernel.pid
         assert kernel.rss > 1 << 20, "a heartbeat's answer says how much memory it uses"
+        said = made.events("kernel", "memory")[-1]
+        assert (said["kernel"], said["pid"], said["rss"]) == (kernel.id, kernel.pid, kernel.rss)
+        assert said["round_trip"] > 0
+
+
+@asynchronous
+async def test_a_busy_kernel_says_how_much_memory_it_uses_too() -> None:
+    async with rig(heartbeat=1.0) as made:
+        until_known = len(made.events("kernel", "memory")) + 2
+        while len(made.events("kernel", "memory")) < until_known:
+            await made.call("math.sqrt", 4)
+        assert all(event["rss"] > 1 << 20 for event in made.events("kernel", "memory"))
 
 
 @asynchronous
@@ -847,6 +878,7 @@ async def test_the_status_is_a_table_that_people_can_read() -> None:
         assert f"{only(made).pid}" in row
         assert "ready" in row
         assert "MiB" in row
+        assert "errors" in head.split()
 
 
 @asynchronous

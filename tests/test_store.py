@@ -741,7 +741,7 @@ def test_a_newer_format_is_refused(path: str, with_log: bool) -> None:
     if with_log:  # as if it had been killed: the format is in the log alone
         for name, data in files.items():
             Path(name).write_bytes(data)
-    check_refusal(path, r"is of format 99, .* formats up to 3", "newer Bridge")
+    check_refusal(path, r"is of format 99, .* formats up to 4", "newer Bridge")
 
 
 def test_a_format_that_never_was_is_refused(path: str) -> None:

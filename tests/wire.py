@@ -415,13 +415,19 @@ class Wire:
         """The telemetry of a command that has been answered: events, in order. The last ones follow the answer."""
         deadline = time.monotonic() + TIMEOUT_S
         while True:
-            events = [
-                event
+            batches = [
+                batch
                 for m in self.received
-                if m.kind in ("display_data", "update_display_data") and m.parent == self.msg_ids[command]
-                for event in m.content["data"]["application/vnd.bridge.telemetry.v1+json"]["events"]
+                if m.kind in ("display_data", "update_display_data")
+                for batch in m.content["data"]["application/vnd.bridge.telemetry.v1+json"]
+                if batch["command"] == command
             ]
-            if events and events[-1]["name"][1] == "execution" and events[-1]["name"][2] in ("stop", "exception"):
+            events = [
+                {**event, "metadata": {**batch["metadata"], **event["metadata"]}}
+                for batch in batches
+                for event in batch["events"]
+            ]
+            if batches and batches[-1]["settled"]:
                 return events
             left = deadline - time.monotonic()
             assert left > 0, f"the telemetry of command {command} did not end; so far {events}"

@@ -11,7 +11,7 @@ import msgspec
 from .contract.errors import Cancelled, InternalError, LimitExceeded, exception_from
 from .contract.frames import HEADROOM, UNDECODABLE
 from .contract.messages import Failure, Success
-from .contract.methods import CALLBACKS
+from .contract.methods import CALLBACKS, ToolCall
 from .stops import CommandStopped
 
 if TYPE_CHECKING:
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from .connection import Connection
     from .contract.frames import Buffer
     from .contract.methods import Callback
+    from .contract.telemetry import Scalar
     from .runtime import Runtime
     from .telemetry import Recorder
 
 __all__ = ("Caller", "Reply")
 
 _decoders: Final = {name: msgspec.json.Decoder(m.result) for name, m in CALLBACKS.items()}
+
+CALLBACK: Final = ("bridge", "callback")
 
 Reply = Success | Failure | CommandStopped
 
@@ -109,14 +112,14 @@ class Caller:
             BridgeError: what the host answered, as its own type.
             CommandStopped: the command was cancelled or ran out of time meanwhile.
         """
-        with self.recorder.span(("bridge", "callback"), {"method": method, "about": about}):
+        with self.recorder.span(CALLBACK, {"method": method, "about": about}) as span:
             waiter = _Waiter()
-            self._request(method, params, buffers, waiter.resolve)
+            self._request(method, self._within(params, span), buffers, waiter.resolve)
             return self._result(method, *self._wait(waiter))
 
     async def acall(self, method: str, params: Callback, buffers: Sequence[Buffer] = (), *, about: str = "") -> Any:
         """As `call`, from the event loop. Cancelling it leaves the host to finish the callback, unheard."""
-        with self.recorder.span(("bridge", "callback"), {"method": method, "about": about}):
+        with self.recorder.span(CALLBACK, {"method": method, "about": about}) as span:
             loop = asyncio.get_running_loop()
             future: asyncio.Future[tuple[Reply, Sequence[Buffer]]] = loop.create_future()
 
@@ -127,8 +130,14 @@ class Caller:
             def resolve(*reply: Any) -> None:
                 loop.call_soon_threadsafe(settle, reply)
 
-            self._request(method, params, buffers, resolve)
+            self._request(method, self._within(params, span), buffers, resolve)
             return self._result(method, *await future)
+
+    def _within(self, params: Callback, span: dict[str, Scalar]) -> Callback:
+        """A tool's call says to which span it belongs, for the host goes on with the trace."""
+        if not isinstance(params, ToolCall):
+            return params
+        return msgspec.structs.replace(params, traceparent=self.recorder.traceparent(str(span["span_id"])))
 
     def notify(self, method: str, params: msgspec.Struct, buffers: Sequence[Buffer] = ()) -> None:
         """Tell the host something that it does not answer."""

@@ -9,6 +9,7 @@ from .context import SessionContext
 from .contract.errors import BridgeError, Cancelled, NotAttached, error_object
 from .contract.messages import Failure
 from .contract.methods import Command
+from .contract.telemetry import TelemetryOptions
 from .output import Output
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ class Cell(RunningCommand):
             connection,
             None,  # type: ignore[arg-type]  # in a callback: "a cell's"
             "execute_request",
-            Command(session=connection.session),
+            # Its telemetry would be output that it did not write.
+            Command(session=connection.session, telemetry=TelemetryOptions(off=(("bridge",),))),
             subject="cell",
             parent=parent,
             buffers=(),
@@ -166,6 +168,3 @@ class Cell(RunningCommand):
 
     def notify(self, method: str, params: msgspec.Struct, buffers: Sequence[Buffer] = ()) -> None:
         """A cell's progress: no command of the host's waits for it."""
-
-    def _publish_display(self, msg_type: str, content: bytes) -> None:
-        """A cell's telemetry would be output that it did not write."""

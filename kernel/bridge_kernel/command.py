@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from .connection import Connection
+    from .contract.errors import ErrorData
     from .contract.frames import Buffer
     from .contract.methods import Command
     from .contract.telemetry import Scalar
@@ -96,10 +98,17 @@ class RunningCommand(Caller):
             "parent_span_id": self.trace.parent_span_id,
         }
         recorder = Recorder(
-            id, subject, metadata, self._publish_display, display_id(connection.comm_id, id), self.secrets
+            id,
+            subject,
+            metadata,
+            self.trace,
+            self._publish_display,
+            display_id(connection.comm_id, id),
+            params.telemetry,
+            self.secrets,
         )
         super().__init__(runtime, connection, recorder, parent=parent, bytes_in=bytes_in)
-        recorder.start()
+        recorder.start(recorder.captured("arguments", "arguments", partial(_arguments, params)))
         self._received = time.perf_counter_ns()
         self._queue = 0
 
@@ -221,14 +230,20 @@ class RunningCommand(Caller):
         except LimitExceeded as exc:
             self.fail(exc)
             return
-        self._answer(content, answer.buffers, None)
+        self._answer(content, answer.buffers, None, captured=self._captured(answer.result))
 
     def fail(self, exc: BaseException, *, stopping: bool = False) -> None:
         error = error_object(exc, hidden=OWN_FILES, secrets=self.secrets)
         self._answer(self.connection.failure(self.id, error), (), error, stopping=stopping)
 
     def _answer(
-        self, content: bytes, buffers: Sequence[Buffer], error: ErrorObject | None, *, stopping: bool = False
+        self,
+        content: bytes,
+        buffers: Sequence[Buffer],
+        error: ErrorObject | None,
+        *,
+        stopping: bool = False,
+        captured: dict[str, Scalar] | None = None,
     ) -> None:
         with self._lock:
             if self._answered or (self._stopped and not stopping):
@@ -245,12 +260,22 @@ class RunningCommand(Caller):
         for resolve in left:  # threads that it left behind: nobody will answer them any more
             resolve(CommandStopped(), ())
         # After the answer: who waits for that should not wait for this too, which is half as much again.
-        name = None if error is None or error.data is None else error.data.type
-        duration = self.recorder.stop(error=name, queue=self._queue, bytes_in=self._bytes_in, bytes_out=self._bytes_out)
+        data = None if error is None else error.data
+        duration = self.recorder.stop(
+            error=None if data is None else data.type,
+            queue=self._queue,
+            bytes_in=self._bytes_in,
+            bytes_out=self._bytes_out,
+            where="" if data is None else _where(data),
+            captured=captured or {},
+        )
         if duration < SHORT_NS:
-            self.runtime.unpublished.append(self.recorder)  # the lane shows it as soon as it has nothing to do
+            self.runtime.unpublished.append(self)  # the lane shows it as soon as it has nothing to do
         else:
             self.recorder.publish()
+
+    def _captured(self, result: msgspec.Struct) -> dict[str, Scalar]:
+        return self.recorder.captured("results", "result", lambda: getattr(result, "value", None))
 
     # -- publishing --------------------------------------------------------------
 
@@ -267,3 +292,15 @@ class RunningCommand(Caller):
         with contextlib.suppress(BridgeError):
             self.output.flush()
             self.recorder.publish()
+
+
+def _arguments(params: Command) -> Any:
+    """What a command was given, as it came: a method's or a constructor's arguments."""
+    source = params if hasattr(params, "args") else getattr(params, "record", None)
+    return {"args": getattr(source, "args", ()), "kwargs": getattr(source, "kwargs", {})}
+
+
+def _where(data: ErrorData) -> str:
+    """Where it failed, without the error's message and without code: both may hold values."""
+    frames = [f'  File "{f.file}", line {f.line}, in {f.function}' for f in data.traceback]
+    return "\n".join(["Traceback (most recent call last):", *frames, data.type]) if frames else ""

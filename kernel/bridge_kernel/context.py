@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from .contract.errors import NotFound, without_secrets
+from .contract.errors import NotFound
 from .contract.methods import (
     Progress,
     SessionDelete,
@@ -18,6 +18,7 @@ from .contract.methods import (
     ToolList,
     VariableInfo,
 )
+from .contract.secrets import without_secrets
 from .values import ValueReader, ValueWriter
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class _Context:
     @contextmanager
     def span(self, name: str, **metadata: Scalar) -> Iterator[dict[str, Scalar]]:
         """Measure a part of the command: telemetry `["bridge", "span", "start"|"stop"|"exception"]`."""
-        with self._command.recorder.span(("bridge", "span"), {"name": name, **metadata}) as given:
+        with self._command.recorder.span(("bridge", "span"), {**metadata, "name": name}, users=True) as given:
             yield given
 
     def emit(self, name: str, measurements: Mapping[str, float] | None = None, **metadata: Scalar) -> None:

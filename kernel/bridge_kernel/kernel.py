@@ -29,7 +29,8 @@ from zmq.eventloop.zmqstream import ZMQStream
 from ._version import __version__
 from .cell import Cell, CellOutput, CellSession, Unattached, UnattachedCell
 from .command import OWN_FILES
-from .contract.errors import BridgeError, Cancelled, Draining, PolicyDenied, without_secrets
+from .contract.errors import BridgeError, Cancelled, Draining, PolicyDenied
+from .contract.secrets import without_secrets
 from .info import BANNER
 from .interrupts import Interrupts
 from .output import CURRENT

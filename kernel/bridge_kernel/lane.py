@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -22,10 +23,12 @@ from .contract.messages import COMM_TARGET, PROTOCOL_VERSION, Request, decode_me
 from .contract.methods import COMMANDS
 from .dispatch import Dispatcher, params_of
 from .info import kernel_info
+from .telemetry import together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .command import RunningCommand
     from .contract.frames import Envelope
     from .contract.methods import Attach
     from .lifetime import Parent
@@ -146,8 +149,21 @@ class Lane:
 
     def _publish_telemetry(self) -> None:
         unpublished = self._runtime.unpublished
+        by_connection: dict[Connection, list[RunningCommand]] = {}
         for _ in range(min(len(unpublished), BURST)):
-            self._guarded(unpublished.popleft().publish)
+            command = unpublished.popleft()
+            by_connection.setdefault(command.connection, []).append(command)
+        for connection, commands in by_connection.items():
+            self._guarded(partial(self._publish_together, connection, commands))
+
+    def _publish_together(self, connection: Connection, commands: list[RunningCommand]) -> None:
+        """The telemetry of commands that came in quick succession: one display for those that have none yet."""
+        if len(commands) > 1:
+            content = together([command.recorder for command in commands], connection.comm_id)
+            if content is not None:
+                connection.publish_as("display_data", content, commands[-1].parent)
+        for command in commands:
+            command.recorder.publish()  # of what was shown before: the end, in its own display
 
     def _tick(self) -> None:
         self._publish_telemetry()

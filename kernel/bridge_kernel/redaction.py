@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from .contract.secrets import forms_of
 
 if TYPE_CHECKING:
     from .contract.methods import Command
 
 __all__ = ("secrets_of", "starred")
 
-SHORTEST_SECRET: Final = 8  # characters: a shorter one would be found in innocent words
-
 
 def secrets_of(params: Command) -> tuple[str, ...]:
-    """What to star out of what a command shows: its secrets and its language model's key, the longest first.
-
-    Each also as a repr and as JSON would have it, which is how a line break or a quote in one gets into a message.
-    """
+    """What to star out of what a command shows: its secrets and its language model's key, in every form."""
     lm = getattr(params, "lm", None)
-    values = [*params.secrets.values(), lm.api_key if lm is not None and lm.api_key else ""]
-    forms = {
-        form
-        for value in values
-        if len(value) >= SHORTEST_SECRET
-        for form in (value, repr(value)[1:-1], json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
-    }
-    return tuple(sorted(forms, key=lambda form: (-len(form), form)))
+    return forms_of([*params.secrets.values(), lm.api_key if lm is not None and lm.api_key else ""])
 
 
 def starred(text: str, secrets: tuple[str, ...], *, final: bool) -> tuple[str, str]:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from .command import RunningCommand
     from .policy import Policy
-    from .telemetry import Recorder
 
 __all__ = ("Runtime",)
 
@@ -48,8 +47,8 @@ class Runtime:
         self.cells = 0
         """Cells running now: one at most, in a kernel that serves them."""
         self.dropped: Counter[str] = Counter()
-        self.unpublished: deque[Recorder] = deque()
-        """Telemetry of commands that have been answered, which the lane has yet to show."""
+        self.unpublished: deque[RunningCommand] = deque()
+        """Commands that have been answered, whose telemetry the lane has yet to show."""
         self._counts: Counter[str] = Counter()
         self._active: dict[RunningCommand, None] = {}
         self._lock = threading.Lock()

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import html
 import math
-import os
 import threading
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from collections import deque
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from .contract.errors import type_of, without_secrets
-from .contract.telemetry import TELEMETRY_MIME, Event, EventBatch, Scalar
+from .contract.errors import type_of
+from .contract.line import Line, Summary
+from .contract.secrets import captured_text, without_secrets
+from .contract.telemetry import (
+    TELEMETRY_MIME,
+    Scalar,
+    begins_with_any,
+    display_id,
+    new_span_id,
+    traceparent_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
 
-__all__ = ("Recorder",)
+    from .contract.telemetry import Capture, TelemetryOptions, Trace
+
+__all__ = ("Recorder", "Span", "together")
 
 MAX_EVENTS: Final = 1000  # between two updates; what is beyond is counted, not kept
 _encode = msgspec.json.Encoder().encode
+
+EXECUTION: Final = ("bridge", "execution")
+_EXECUTION_START: Final = (*EXECUTION, "start")
+_EVERYTHING: Final = ("bridge",)
 
 
 class Recorder:
@@ -32,141 +47,302 @@ class Recorder:
         command: int | str,
         subject: str,
         metadata: dict[str, Scalar],
+        trace: Trace,
         publish: Callable[[str, bytes], None],
         display_id: str,
+        options: TelemetryOptions | None = None,
         secrets: tuple[str, ...] = (),
     ) -> None:
-        """`subject` is what people call the command, e.g. `math.hypot`.
+        """`subject` is what people call the command, e.g. `math.hypot`; `metadata` is what each of its events says.
 
         `publish(msg_type, content)` sends a `display_data` or an `update_display_data` message.
         """
         self.subject = subject
+        self.callbacks = 0
+        self.lm_calls = 0
+        self.tokens = 0
+        self.adrift: Callable[[], str | None] | None = None
+        """Says in which span code is that has lost its context, as that of plain threads has."""
+        self.capture: tuple[Capture, ...] = () if options is None else options.capture
+        self.trace = trace
+        self._off = () if options is None else options.off
+        self._silent = not trace.sampled or _EVERYTHING in self._off
         self._command = command
         self._metadata = metadata
         self._publish = publish
         self._display_id = display_id
         self._secrets = secrets
-        self._sending = threading.Lock()  # what is taken first is sent first
-        self._lock = threading.Lock()
-        self._events: list[Event] = []
+        # Reentrant, both: a finalizer that runs while one is held may record something itself.
+        self._sending = threading.RLock()  # what is taken first is sent first
+        self._lock = threading.RLock()
+        self._events: deque[tuple[tuple[str, ...], Mapping[str, int | float], Mapping[str, Scalar]]] = deque()
         self._dropped = 0
         self._shown = False
         self._settled = False
-        self._end: tuple[str, int, str | None] = ("", 0, None)
+        self._end: Line | None = None
+        self._done: tuple[float | None, float | None, str] = (None, None, "")
         self._started = time.perf_counter_ns()
-        self.callbacks = 0
-        self._progress = ""
 
-    def emit(self, name: tuple[str, ...], measurements: dict[str, int | float], metadata: dict[str, Scalar]) -> None:
-        """Record one event; the command's own metadata is added to it."""
-        # Here, in the thread of whoever emits: what JSON cannot carry must not be found out by the lane.
-        said = {self._said(key): self._clean(_scalar(value)) for key, value in metadata.items()}
-        numbers: dict[str, int | float] = {}
-        for key, value in measurements.items():
-            number = _number(value)
-            if number is None:
-                said[self._said(key)] = self._clean(
-                    _scalar(value)
-                )  # NaN, infinity, no number at all: said, not measured
-            else:
-                numbers[self._said(key)] = number
+    # -- recording ---------------------------------------------------------------
+
+    def record(
+        self, name: tuple[str, ...], measurements: Mapping[str, int | float], metadata: Mapping[str, Scalar]
+    ) -> None:
+        """Record an event of the kernel's own: numbers and plain scalars, which nobody changes any more."""
+        if self._silent or (self._off and begins_with_any(name, self._off)):
+            return
         with self._lock:
             if len(self._events) >= MAX_EVENTS:
                 self._dropped += 1
             else:
-                self._events.append(Event(tuple(map(self._said, name)), numbers, {**self._metadata, **said}))
+                self._events.append((name, measurements, metadata))
 
-    def _clean(self, value: Scalar) -> Scalar:
-        return without_secrets(value, self._secrets) if isinstance(value, str) else value
+    def emit(self, name: tuple[str, ...], measurements: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+        """Record an event of the user's own, of which nothing is known: what JSON cannot carry is said as text."""
+        # Here, in the thread of whoever emits: what is no number must not be found out by the lane.
+        said: dict[str, Scalar] = {_text(key): _scalar(value) for key, value in metadata.items()}
+        numbers: dict[str, int | float] = {}
+        for key, value in measurements.items():
+            number = _number(value)
+            if number is None:
+                said[_text(key)] = _scalar(value)  # NaN, infinity, no number at all: said, not measured
+            else:
+                numbers[_text(key)] = number
+        self.record(tuple(map(_text, name)), numbers, said)
 
-    def _said(self, text: object) -> str:
-        return without_secrets(_text(text), self._secrets)
-
-    def start(self) -> None:
-        self.emit(("bridge", "execution", "start"), {"system_time": time.time_ns()}, {})
+    def start(self, captured: Mapping[str, Scalar]) -> None:
+        """Record the beginning."""
+        self.record(_EXECUTION_START, {"system_time": time.time_ns()}, captured)
 
     def progress(self, done: float, total: float | None, message: str) -> None:
-        share = f"{done:g}/{total:g}" if total is not None else f"{done:g}"
-        self._progress = self._said(f"{share} {message}".strip())
-        measurements: dict[str, int | float] = {"done": done}
-        if total is not None:
-            measurements["total"] = total
-        self.emit(("bridge", "execution", "progress"), measurements, {})
+        given, message = {"done": done, "total": total}, _text(message)
+        measurements = {name: number for name, value in given.items() if (number := _number(value)) is not None}
+        self._done = (measurements.get("done"), measurements.get("total"), message)
+        self.record((*EXECUTION, "progress"), measurements, {"message": message})
 
-    @contextmanager
-    def span(self, name: tuple[str, ...], metadata: dict[str, Scalar]) -> Iterator[dict[str, Scalar]]:
-        """Record `start`, and `stop` or `exception` with the duration. What is put into the dict goes with the end."""
-        span_id = os.urandom(8).hex()
-        metadata = {**metadata, "span_id": span_id, "parent_span_id": self._metadata.get("span_id")}
-        began = time.perf_counter_ns()
-        self.emit((*name, "start"), {"system_time": time.time_ns()}, metadata)
-        try:
-            yield metadata
-        except BaseException as exc:
-            metadata["error"] = type_of(exc)
-            self.emit((*name, "exception"), {"duration": time.perf_counter_ns() - began}, metadata)
-            raise
-        self.emit((*name, "stop"), {"duration": time.perf_counter_ns() - began}, metadata)
+    def say(self, message: str) -> None:
+        """Say in the live line what goes on, beside how far it is: no event, where one of its own says it already."""
+        self._done = (*self._done[:2], message)
 
-    def stop(self, *, error: str | None, queue: int, bytes_in: int, bytes_out: int) -> int:
-        """Record the end (`queue` in ns), which the next `publish` settles; returns the duration in ns."""
+    def captured(self, what: Capture, name: str, value: Callable[[], Any]) -> dict[str, Scalar]:
+        """`{name: value()}` as a text, if the session wants that captured; else nothing."""
+        if self._silent or what not in self.capture:
+            return {}
+        return {name: captured_text(value(), self._secrets)}
+
+    def span(self, name: tuple[str, ...], metadata: Mapping[str, Scalar], *, users: bool = False) -> Span:
+        """A part of the command, to be entered; `users`: the metadata is the user's own."""
+        return Span(self, name, metadata, users=users)
+
+    def current_span(self) -> str:
+        """The id of the innermost span here, the command's own if there is none."""
+        current = _SPAN.get()
+        if current is not None and current[0] is self:
+            return current[1]
+        return (self.adrift() if self.adrift is not None else None) or self.trace.span_id
+
+    def traceparent(self, span_id: str) -> str:
+        """The header that says: beneath this span of the command."""
+        return traceparent_of(self.trace.trace_id, span_id, sampled=self.trace.sampled)
+
+    def stop(
+        self, *, error: str | None, queue: int, bytes_in: int, bytes_out: int, where: str, captured: dict[str, Scalar]
+    ) -> int:
+        """Record the end (`queue` in ns), which the next `publish` settles; returns the duration in ns.
+
+        `where` is where it failed, as a traceback without the error's own words: those may hold values.
+        """
         duration = time.perf_counter_ns() - self._started
-        self.emit(
-            ("bridge", "execution", "stop" if error is None else "exception"),
-            {
-                "duration": duration,
-                "queue": queue,
-                "callbacks": self.callbacks,
-                "bytes_in": bytes_in,
-                "bytes_out": bytes_out,
-            },
-            {"success": error is None, "error": error},
+        if self._silent:
+            return duration
+        measurements: dict[str, int | float] = {
+            "duration": duration,
+            "queue": queue,
+            "callbacks": self.callbacks,
+            "bytes_in": bytes_in,
+            "bytes_out": bytes_out,
+        }
+        if self.lm_calls:
+            measurements |= {"lm_calls": self.lm_calls, "tokens": self.tokens}
+        last = "stop" if error is None else "exception"
+        self.record((*EXECUTION, last), measurements, {"success": error is None, "error": error, **captured})
+        self._end = self._line(duration, "ok" if error is None else "error")._replace(
+            error=error or "", traceback=where
         )
-        self._end = ("✓" if error is None else "✗", duration, error)
         return duration
+
+    # -- publishing --------------------------------------------------------------
 
     def publish(self) -> None:
         """Show what there is so far; nothing happens if there is nothing new, or once the end was shown."""
+        if self._silent:
+            return
         with self._sending:
             self._publish_batch()
 
     def _publish_batch(self) -> None:
+        msg_type = "update_display_data" if self._shown else "display_data"
+        if (taken := self._take()) is None:
+            return
+        line = self._end or self._line(time.perf_counter_ns() - self._started, "running")
+        if self._secrets:
+            line = line.redacted(self._said)
+        self._publish(msg_type, _display([taken], line.text(), line.html(), self._display_id))
+
+    def take(self) -> dict[str, Any] | None:
+        """Its one and only batch, to be shown together with others'; None if something was shown of it already."""
+        with self._sending:
+            return None if self._shown or self._silent else self._take()
+
+    def _take(self) -> dict[str, Any] | None:
+        """The next `EventBatch`; None if there is nothing new, or once the end was taken."""
         with self._lock:
-            if self._settled or not (self._events or self._dropped):
-                return
-            batch = EventBatch(self._command, tuple(self._events), self._dropped)
-            self._events, self._dropped = [], 0
-            msg_type = "update_display_data" if self._shown else "display_data"
+            end = self._end
+            if self._settled or not (self._events or self._dropped or end is not None):
+                return None
+            taken, dropped = list(self._events), self._dropped
+            self._events.clear()
+            self._dropped = 0
             self._shown = True
-            settled, duration, error = self._end
-            self._settled = bool(settled)
-        mark = settled or "…"
-        elapsed = duration or time.perf_counter_ns() - self._started
-        details = [_duration(elapsed), f"kernel {str(self._metadata['kernel'])[:4]}"]
-        if self.callbacks:
-            details.append(f"{self.callbacks} callback{'s' if self.callbacks > 1 else ''}")
-        if self._progress and not settled:
-            details.append(self._progress)
-        if error:
-            details.append(error)
-        text = f"{mark} {self.subject}  {' · '.join(details)}"
-        colour = "#b3261e" if error else "#1b7f4b" if settled else "#5b5bd6"
-        content = _encode(
-            {
-                "data": {
-                    TELEMETRY_MIME: batch,
-                    "text/plain": text,
-                    "text/html": (
-                        f'<div style="font:12px ui-monospace,monospace"><span style="color:{colour}">{mark}</span> '
-                        f"<b>{html.escape(self.subject)}</b> "
-                        f'<span style="opacity:.7">{html.escape(" · ".join(details))}</span></div>'
-                    ),
-                },
-                "metadata": {},
-                "transient": {"display_id": self._display_id},
-            }
+            self._settled = end is not None
+        metadata: Mapping[str, Scalar] = self._metadata
+        if self._secrets:
+            taken = [(tuple(map(self._said, name)), self._all_said(n), self._all_said(m)) for name, n, m in taken]
+            metadata = self._all_said(metadata)
+        return {
+            "command": self._command,
+            "metadata": metadata,
+            "events": [{"name": name, "measurements": numbers, "metadata": said} for name, numbers, said in taken],
+            "dropped": dropped,
+            "settled": end is not None,
+        }
+
+    def _line(self, elapsed: int, state: str) -> Line:
+        done, total, message = self._done
+        return Line(
+            self.subject,
+            elapsed,
+            state,
+            kernel=str(self._metadata["kernel"]),
+            callbacks=self.callbacks,
+            lm_calls=self.lm_calls,
+            tokens=self.tokens,
+            done=done,
+            total=total,
+            message=message,
         )
-        self._publish(msg_type, content)
+
+    @property
+    def end(self) -> Line | None:
+        """The settled line, once it has ended."""
+        return self._end
+
+    def _all_said(self, members: Mapping[str, Any]) -> dict[str, Any]:
+        return {self._said(k): self._said(v) if isinstance(v, str) else v for k, v in members.items()}
+
+    def _said(self, text: str) -> str:
+        return without_secrets(_text(text), self._secrets)
+
+
+def together(recorders: Sequence[Recorder], comm_id: str) -> bytes | None:
+    """One display of several commands that have ended, so that a burst of short ones costs a message, not hundreds.
+
+    None if there is nothing to show of them.
+    """
+    taken = [batch for recorder in recorders if (batch := recorder.take()) is not None]
+    if not taken:
+        return None
+    ended = [recorder.end for recorder in recorders if recorder.end is not None]
+    failed = sum(line.state == "error" for line in ended)
+    durations = sorted(line.elapsed for line in ended)
+    summary = Summary(
+        len(ended) - failed,
+        failed,
+        p50=durations[len(durations) // 2],
+        p95=durations[len(durations) * 19 // 20],
+        lm_calls=sum(line.lm_calls for line in ended),
+        tokens=sum(line.tokens for line in ended),
+    )
+    id = display_id(comm_id, f"{taken[0]['command']}..{taken[-1]['command']}")
+    return _display(taken, summary.text(), summary.html(), id)
+
+
+def _display(batches: list[dict[str, Any]], text: str, markup: str, id: str) -> bytes:
+    content = {
+        "data": {TELEMETRY_MIME: batches, "text/plain": text, "text/html": markup},
+        "metadata": {},
+        "transient": {"display_id": id},
+    }
+    try:
+        return _encode(content)
+    except UnicodeEncodeError:  # a name of the user's with half a surrogate pair
+        return _encode(_whole(content))
+
+
+def _whole(value: Any) -> Any:
+    """The same, with all of its texts such as can be encoded."""
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, dict):
+        return {_text(key): _whole(item) for key, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+_SPAN: Final[ContextVar[tuple[Recorder, str] | None]] = ContextVar("bridge_span", default=None)
+
+
+class Span:
+    """A part of a command: `start`, then `stop` or `exception` with its duration. What is put into `metadata` before
+    its end goes with that.
+    """
+
+    __slots__ = ("_began", "_name", "_outer", "_recorder", "_users", "id", "metadata")
+
+    def __init__(
+        self, recorder: Recorder, name: tuple[str, ...], metadata: Mapping[str, Scalar], *, users: bool
+    ) -> None:
+        self._recorder = recorder
+        self._name = name
+        self._users = users
+        self._outer: tuple[Recorder, str] | None = None
+        self._began = 0
+        self.id = new_span_id()
+        self.metadata: dict[str, Scalar] = {
+            **metadata,
+            "span_id": self.id,
+            "parent_span_id": recorder.current_span(),
+        }
+
+    def start(self, **captured: Scalar) -> None:
+        """Begin it: spans that begin here until it ends are parts of it."""
+        self._outer = _SPAN.get()
+        _SPAN.set((self._recorder, self.id))
+        self._record("start", {"system_time": time.time_ns()}, {**self.metadata, **captured})
+        self._began = time.perf_counter_ns()
+
+    def end(self, error: BaseException | None = None, measurements: Mapping[str, int | float] | None = None) -> None:
+        """End it, as `stop` or, with an error, as `exception`."""
+        measured: dict[str, int | float] = {"duration": time.perf_counter_ns() - self._began}
+        if measurements:
+            measured.update(measurements)
+        # Set, not reset by its token: a span of asynchronous code may end in another context than it began in.
+        _SPAN.set(self._outer)
+        if error is not None:
+            self.metadata["error"] = type_of(error)
+        self._record("stop" if error is None else "exception", measured, self.metadata)
+
+    def _record(self, last: str, measurements: dict[str, int | float], metadata: dict[str, Scalar]) -> None:
+        record = self._recorder.emit if self._users else self._recorder.record
+        record((*self._name, last), measurements, metadata)
+
+    def __enter__(self) -> dict[str, Scalar]:
+        self.start()
+        return self.metadata
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end(error)
 
 
 def _text(value: object) -> str:
@@ -192,9 +368,3 @@ def _scalar(value: object) -> Scalar:
         return number
     # The repr of an int beyond 4,300 digits raises; of so large a number its size says enough.
     return f"an integer of {value.bit_length()} bits" if isinstance(value, int) else _text(value)
-
-
-def _duration(ns: int) -> str:
-    if ns < 1_000_000:
-        return f"{ns / 1000:.0f} µs"
-    return f"{ns / 1e6:.1f} ms" if ns < 1_000_000_000 else f"{ns / 1e9:.2f} s"

@@ -116,7 +116,7 @@ class Driver:
                 breaker=Breaker(cooldown_s=1.0),
                 env=env,
             )
-            host.telemetry.attach("ready", ("bridge", "kernel", "start"), self._on_start)
+            host.telemetry.attach("bridge.kernel.start", self._on_start)
             with contextlib.suppress(KernelStartFailed):  # one was killed meanwhile, and nothing is left of the others
                 return await stack.enter_async_context(host)
 

@@ -31,6 +31,19 @@ def demo(
 
 
 @app.command()
+def top(
+    pid: Annotated[int | None, typer.Option(help="The host's process, if there are several.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one page and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one snapshot as JSON and exit.")] = False,
+    only_list: Annotated[bool, typer.Option("--list", help="List your hosts on this machine and exit.")] = False,
+) -> None:
+    """Show a host that runs in another process, live: kernels, queue, rates, latencies, errors. `q` quits."""
+    from .telemetry.page.top import run
+
+    raise typer.Exit(run(pid, once=once, as_json=as_json, only_list=only_list))
+
+
+@app.command()
 def contract() -> None:
     """Print the OpenRPC document: every method, schema and error of the wire, as JSON."""
     import msgspec

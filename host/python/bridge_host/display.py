@@ -13,7 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ("Shown", "table")
+__all__ = ("Shown", "one_line", "table")
 
 MAX_CELL: Final = 80
 """Characters; of a longer one the beginning is shown."""
@@ -23,7 +23,7 @@ _JOINERS: Final = "\u200c\u200d"  # of the same category, and part of how words 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, html: bool = False, title: str = "") -> str:
     """Rows of text under their columns. What would break them, newlines and control characters, is shown escaped."""
-    title = _line(title)
+    title = one_line(title)
     columns = [_cell(column) for column in columns]
     rows = [[_cell(cell) for cell in row] for row in rows]
     if html:
@@ -47,11 +47,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, html: bool =
 
 
 def _cell(text: str) -> str:
-    text = _line(text[: MAX_CELL + 1])  # cut before it is gone through: it may be of any length
+    text = one_line(text[: MAX_CELL + 1])  # cut before it is gone through: it may be of any length
     return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 1]}…"
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The same text, with what would break a line or steer a terminal shown escaped."""
     return text if text.isprintable() else "".join(map(_shown, text))
 
 

@@ -33,17 +33,26 @@ class FunctionSource(msgspec.Struct, frozen=True):
     """Whether it is run with the session's language model."""
     secrets: tuple[str, ...] = ()
     """The session's secrets that it is run with."""
+    cache: float | None = None
+    """Seconds that a result may be given again."""
 
     @classmethod
-    def make(cls, name: str, source: str, *, lm: bool = False, secrets: tuple[str, ...] = ()) -> FunctionSource:
-        return cls(name, source, hashlib.sha256(source.encode()).hexdigest(), lm, secrets)
+    def make(
+        cls, name: str, source: str, *, lm: bool = False, secrets: tuple[str, ...] = (), cache: float | None = None
+    ) -> FunctionSource:
+        return cls(name, source, hashlib.sha256(source.encode()).hexdigest(), lm, secrets, cache)
 
     def ref(self, *, with_source: bool) -> SourceFunction:
         return SourceFunction(self.name, self.hash, self.source if with_source else None)
 
 
 def source_of(
-    name: str, what: str | Callable[..., Any], *, lm: bool = False, secrets: tuple[str, ...] = ()
+    name: str,
+    what: str | Callable[..., Any],
+    *,
+    lm: bool = False,
+    secrets: tuple[str, ...] = (),
+    cache: float | None = None,
 ) -> FunctionSource:
     """The source of `what`, a function or the text of one, as a function called `name`.
 
@@ -64,7 +73,7 @@ def source_of(
             "import it inside, pass it as an argument, or give the text of both: session.function(name, source)"
         )
     text = textwrap.dedent(what).strip() if isinstance(what, str) else ast.unparse(tree)
-    return FunctionSource.make(name, text + "\n", lm=lm, secrets=secrets)
+    return FunctionSource.make(name, text + "\n", lm=lm, secrets=secrets, cache=cache)
 
 
 def _parse(name: str, text: str) -> ast.Module:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict, Unpack
 
 import anyio
 import anyio.to_thread
 
-from bridge_kernel.contract.errors import HostClosed, KernelDied
+from bridge_kernel.contract.errors import HostClosed, KernelDied, NotFound, SecretUnreadable
 from bridge_kernel.contract.methods import Command
+from bridge_kernel.contract.secrets import forms_of
 from bridge_kernel.contract.values import Ref, ToolRef
 
 from .display import Shown
 from .engine import RETRIES, Engine
 from .engine.commands import Create, result_of
+from .engine.results import CACHE_BYTES, ResultCache
 from .instance import AsyncInstance
+from .live import Live, live_for
 from .pool import Pool, PoolOptions
 from .session import AsyncSession
 from .store import Quota, Store
 from .store.exchange import export_sessions, facts_of, read_export, read_file, write_file
 from .tasks import Tasks
 from .telemetry import Telemetry
+from .telemetry.page.broadcast import Broadcast
 from .values import ValueReader
 
 if TYPE_CHECKING:
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from bridge_kernel.contract.methods import Stats
+    from bridge_kernel.contract.telemetry import Scalar
     from bridge_kernel.contract.values import Tag
 
     from .engine import Interrupted, Outcome, Output, Quarantine
@@ -78,6 +84,12 @@ class HostOptions(TypedDict, total=False):
     """When a kernel is replaced although it lives."""
     breaker: Breaker
     """When a command that keeps failing its kernels is held back."""
+    cache_bytes: int
+    """How much the results of functions and instances with `cache=` may take together; 64 MiB."""
+    live: bool | None
+    """Whether commands are shown while they run, and how they ended: in the cell that sends them, or on stderr. None:
+    where somebody looks, a notebook or a terminal. False: nowhere. True: even so, on a stderr that is no terminal
+    too, and in place whatever a notebook's front end says of itself."""
 
 
 _POOL: Final = ("concurrency", "queue", "routing", "heartbeat", "spares", "recycle", "breaker")
@@ -117,12 +129,20 @@ class AsyncHost:
             raise ValueError(f"kernels is how many to start: 0 or more, not {kernels!r}")
         if unknown := sorted(options.keys() - _KNOWN):
             raise TypeError(f"a host has no option {', '.join(unknown)}: there is {', '.join(sorted(_KNOWN))}")
+        live = options.get("live")
+        if live is not None and not isinstance(live, bool):
+            raise TypeError(f"live is True, False, or None: where somebody looks, not {live!r}")
         self.telemetry = Telemetry()
+        self.waiting: list[object] = []
+        """Not empty while a plain call waits for its command."""
+        self.results = ResultCache(options.get("cache_bytes", CACHE_BYTES))
+        """What is kept of the functions and instances with `cache=`, as a table; `.clear()` forgets it."""
         self._count = kernels
         self._options = options
         pool: dict[str, Any] = {name: value for name, value in options.items() if name in _POOL}
         self._pool_options = PoolOptions(**pool)
         self._engine: Engine | None = None
+        self._live: Live | None = None
 
     async def __aenter__(self) -> Self:
         """Open the store, start the kernels and wait until they are ready.
@@ -135,7 +155,8 @@ class AsyncHost:
         path, quota, ttl = options.get("store"), options.get("quota"), options.get("ttl")
         store = await anyio.to_thread.run_sync(lambda: open_store(path, quota=quota, ttl=ttl))
         tasks = Tasks()
-        engine = Engine(store, self.telemetry, tasks, options.get("on_output"), self._hook)
+        live = live_for(options.get("live"), self.telemetry, self.waiting)
+        engine = Engine(store, self.telemetry, tasks, options.get("on_output"), self._hook, self.results, live)
         pool = Pool(
             tasks,
             self.telemetry,
@@ -146,10 +167,15 @@ class AsyncHost:
             options=self._pool_options,
         )
         engine.pool = pool
+        store.on_make = self._made
         engine.watchers.serve(asyncio.get_running_loop())
-        self._engine = engine
-        self.telemetry.pumped_by(pool.pump)
+        self._engine, self._live = engine, live
+        self.telemetry.intake.pumped_by(pool.pump)
+        self.telemetry.intake.secrets_of = partial(_secrets_of, store)
+        self.telemetry.snapshots.opened(pool.status)
+        self._broadcast = Broadcast(pool.directory, self.telemetry.snapshots.take)
         try:
+            await self._broadcast.open()
             await pool.start(self._count)
         except BaseException:
             await self.close()
@@ -171,18 +197,26 @@ class AsyncHost:
         with anyio.CancelScope(shield=True):
             engine.closing = True
             engine.pool.refuse()
+            self._broadcast.close()
+            self.telemetry.snapshots.closed()
             async with contextlib.AsyncExitStack() as closing:  # each, whatever becomes of the others
+                closing.push_async_callback(_in_thread, self.telemetry.close)  # the last: it hears of all the ends
+                if self._live is not None:
+                    closing.callback(self._live.close)
                 closing.push_async_callback(_in_thread, engine.store.close)
                 closing.push_async_callback(_in_thread, engine.watchers.close)
                 closing.push_async_callback(engine.pool.close)
                 await engine.tasks.close()
+            self.results.clear()
 
     async def _sweep(self, engine: Engine) -> None:
         """Forget sessions as they expire."""
         while True:
             gone, next_end = engine.store.sweep()
             for id in gone:
-                self.telemetry.emit(("bridge", "session", "stop"), {"system_time": time.time_ns()}, _expired(id))
+                self.telemetry.emit(
+                    ("bridge", "session", "stop"), {"system_time": time.time_ns()}, _gone(id, "expired")
+                )
             engine.store.forget_keys(engine.store.clock() - KEYS_KEPT_S)
             pause = SWEEP_S if next_end is None else next_end - engine.store.clock()
             self._swept = anyio.Event()
@@ -213,9 +247,11 @@ class AsyncHost:
         engine = self.engine
         state, number = engine.store.open(id, ttl=ttl)
         if number:
-            self.telemetry.emit(("bridge", "session", "start"), {"system_time": time.time_ns()}, {"session": state.id})
             engine.store.log.wait(number)
         return state
+
+    def _made(self, session: str) -> None:
+        self.telemetry.emit(("bridge", "session", "start"), {"system_time": time.time_ns()}, {"session": session})
 
     def session(self, id: str | None = None, *, ttl: float | None = None) -> AsyncSession:
         """The session of that id, made if there is none; a new one without an id. `ttl` becomes its time to live."""
@@ -236,7 +272,7 @@ class AsyncHost:
         """Forget a session and all it owns: variables, instances, tools, functions, secrets, journal. Raises `NotFound`."""
         store = self.engine.store
         store.log.wait(store.delete(id))
-        self.telemetry.emit(("bridge", "session", "stop"), {"system_time": time.time_ns()}, {"session": id})
+        self.telemetry.emit(("bridge", "session", "stop"), {"system_time": time.time_ns()}, _gone(id, "deleted"))
 
     def export(self, path: str | os.PathLike[str], *sessions: str, history: bool = False) -> None:
         """Write these sessions, or all, into one JSON file: all but tools, and secrets of which only the names.
@@ -362,8 +398,18 @@ async def _in_thread(function: Callable[[], None]) -> None:
     await anyio.to_thread.run_sync(function)
 
 
-def _expired(id: str) -> dict[str, str | int | float | bool | None]:
-    return {"session": id, "reason": "expired"}
+def _secrets_of(store: Store, session: str) -> tuple[str, ...]:
+    """Every form in which a secret of the session could be shown; one that cannot be unsealed cannot be shown either."""
+    secrets = []
+    with contextlib.suppress(NotFound):
+        for sealed in list(store.peek(session).secrets.values()):
+            with contextlib.suppress(SecretUnreadable):
+                secrets.append(store.vault.unseal(sealed).decode())
+    return forms_of(secrets)
+
+
+def _gone(session: str, reason: str) -> dict[str, Scalar]:
+    return {"session": session, "reason": reason}
 
 
 class Sessions(Shown, list["SessionInfo"]):

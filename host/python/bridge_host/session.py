@@ -11,6 +11,7 @@ from bridge_kernel.contract.errors import NotFound
 from bridge_kernel.contract.methods import LM
 from bridge_kernel.contract.values import Ref
 
+from .durations import seconds_of
 from .engine import RETRIES, Terms
 from .engine.commands import CallFunction, CallMethod, Create, Inspect, StreamFunction, arguments, result_of
 from .functions import source_of
@@ -19,6 +20,7 @@ from .secret import Secrets
 from .store import Write, check_name
 from .store.types import VariableType
 from .stream import WINDOW, AsyncStream
+from .telemetry import SessionTelemetry
 from .tools import Tool
 from .values import ValueReader, ValueWriter, store
 from .variables import Access, Snapshot, Variables
@@ -30,11 +32,12 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.values import Tag
 
     from .client import Reply
+    from .durations import Duration
     from .engine.engine import Engine
     from .store import Change, SessionInfo, SessionState
     from .watch import Changes, Watch
 
-__all__ = ("AsyncSession", "SessionBase")
+__all__ = ("AsyncSession", "SessionBase", "ttl_of")
 
 _USUAL: Final = Terms()
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -171,6 +174,11 @@ class SessionBase:
         return self._state.describe()
 
     @property
+    def telemetry(self) -> SessionTelemetry:
+        """What is told of this session, and what may be told: `session.telemetry.capture = {"prompts"}`."""
+        return SessionTelemetry(self._engine.telemetry, self._state)
+
+    @property
     def secrets(self) -> Secrets:
         """API keys and the like: `session.secrets["OPENAI_API_KEY"] = "…"`, sent with commands that name them."""
         return Secrets(self._access, self._engine.store.vault)
@@ -232,29 +240,78 @@ class SessionBase:
         *,
         lm: bool = False,
         secrets: Sequence[str] = (),
+        cache: Duration | None = None,
     ) -> Any:
         """Give the session a Python function that kernels run: `session.call(name, …)`.
 
         `session.function("name", source_or_callable)`, or as a decorator: `@session.function`,
         `@session.function("name")`, `@session.function(lm=True)`. `lm` runs it with the session's language model,
-        `secrets` with those of its secrets: `ctx.secret(name)`.
+        `secrets` with those of its secrets: `ctx.secret(name)`. `cache="1h"`: its results may be given again for so
+        long; see `cache()`.
 
         Raises:
             ValueError: the function uses what does not travel with it.
         """
         if callable(name):
             what, name = name, name.__name__
-        named = _names(secrets)
-        if what is not None and name is not None:
-            self._wait(self._state.put_function(source_of(name, what, lm=lm, secrets=named)))
-            return what
+        named, ttl = _names(secrets), ttl_of(cache)
 
-        def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            called = name or function.__name__
-            self._wait(self._state.put_function(source_of(called, function, lm=lm, secrets=named)))
+        def register(called: str, function: str | Callable[..., Any]) -> Any:
+            self._wait(self._state.put_function(source_of(called, function, lm=lm, secrets=named, cache=ttl)))
+            if ttl is not None:
+                self._engine.telemetry.usage.forget(self.id, called)
             return function
 
-        return register
+        if what is not None and name is not None:
+            return register(name, what)
+        return lambda function: register(name or function.__name__, function)
+
+    def cache(self, target: Any, duration: Duration | None, /) -> None:
+        """For how long results of a function, or of an instance's methods, may be given again: `cache("f", "1h")`.
+
+        `target` is a function's name, or an instance: itself, its name or its ref. `duration` is in seconds or "90s",
+        "10m", "1h", "7d"; None: every call runs, as without a cache.
+
+        A result is given again, without a kernel, to who asks the same in this session: the same function or an equal
+        instance, arguments, secrets and language model; as long as the variables, instances and tools that the
+        command used are what they were. An idempotent tool is not called then, and nothing is printed; whatever else the
+        code depends on, a clock, a file, the network, the packages that are installed, does not count: that is what
+        asking for a cache says. `host.results.clear()` forgets all of them. Not kept are results of commands that wrote variables, changed
+        their instance or called a tool that is not idempotent, of streams, of failures, those that refer to instances
+        or tools, and those larger than a quarter of `cache_bytes`. A command with an idempotency key is not cached:
+        the key says it all. Results are in the host's memory; that they are to be kept is in the session's record.
+
+        Raises:
+            NotFound: there is no such function or instance.
+            TypeError, ValueError: the duration is none.
+        """
+        ttl = ttl_of(duration)
+        state = self._state
+        if isinstance(target, str) and target in state.functions:
+            name, number = target, state.cache_function(target, ttl)
+        else:
+            try:
+                name = self._ref(target)
+            except NotFound as exc:
+                there = ", ".join(
+                    [*sorted(state.functions), *(i.name or i.ref for i in list(state.instances.values()))]
+                )
+                raise NotFound(
+                    f"session {self.id!r} has no function and no instance {target!r}",
+                    remedy=f"There is: {there[:500] or 'none'}. A function of a package gets a cache as one of the "
+                    "session's that calls it: @session.function(cache=…).",
+                ) from exc
+            number = state.cache_instance(name, ttl)
+        self._wait(number)
+        if ttl is not None:
+            self._engine.telemetry.usage.forget(self.id, name)
+
+    @property
+    def caches(self) -> dict[str, float]:
+        """The functions, by name, and instances, by name or ref, whose results are kept, and for how many seconds."""
+        state = self._state
+        functions = {f.name: f.cache for f in list(state.functions.values()) if f.cache is not None}
+        return functions | {i.name or i.ref: i.cache for i in list(state.instances.values()) if i.cache is not None}
 
     def lm(
         self,
@@ -410,13 +467,22 @@ class AsyncSession(SessionBase):
         return stream
 
     async def create(
-        self, cls: str, /, *args: Any, deadline: float | None = None, secrets: Sequence[str] = (), **kwargs: Any
+        self,
+        cls: str,
+        /,
+        *args: Any,
+        deadline: float | None = None,
+        secrets: Sequence[str] = (),
+        cache: Duration | None = None,
+        **kwargs: Any,
     ) -> AsyncInstance:
         """Make an object in a kernel and keep it here: as its recipe, and the state it has.
 
+        `cache="1h"`: results of its methods may be given again for so long; see `cache()`.
         Raises as `call` does; nothing is kept then.
         """
-        return AsyncInstance(self, await self._create(cls, args, kwargs, Terms(deadline, secrets=secrets)))
+        terms = Terms(deadline, secrets=secrets)
+        return AsyncInstance(self, await self._create(cls, args, kwargs, terms, ttl_of(cache)))
 
     async def _create(
         self,
@@ -424,9 +490,10 @@ class AsyncSession(SessionBase):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         terms: Terms,
+        cache: float | None = None,
     ) -> str:
         ref = uuid.uuid4().hex
-        request = Create(ref, cls, store(list(args), "args"), store(kwargs, "kwargs"), _names(terms.secrets))
+        request = Create(ref, cls, store(list(args), "args"), store(kwargs, "kwargs"), _names(terms.secrets), cache)
         await self._engine.run(self._state, request, terms)
         return ref
 
@@ -470,6 +537,11 @@ class AsyncSession(SessionBase):
     def copy(self, instance: Any, *, name: str = "") -> AsyncInstance:
         """A new instance with the same recipe and state, from now on its own."""
         return AsyncInstance(self, self._copy(instance, name))
+
+
+def ttl_of(cache: Duration | None) -> float | None:
+    """Seconds. Raises as `seconds_of` does."""
+    return None if cache is None else seconds_of(cache, "cache=, how long a result may be given again,")
 
 
 def _names(secrets: Sequence[str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from . import current
 from .engine import CURRENT, RETRIES, Terms
 from .host import AsyncHost, HostOptions
 from .instance import AsyncInstance, InstanceBase, Instances
-from .session import AsyncSession, SessionBase
+from .session import AsyncSession, SessionBase, ttl_of
 from .store import check_name
 from .values import store
 
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.methods import Inspected, Stats
     from bridge_kernel.contract.values import Tag
 
+    from .durations import Duration
     from .engine.quarantine import Quarantine
     from .engine.recovery import Interrupted
+    from .engine.results import ResultCache
     from .host import Journaled, Sessions
     from .pool.kernel import KernelStatus, PoolStatus
     from .store import SessionState
@@ -99,6 +101,11 @@ class Host:
     @property
     def telemetry(self) -> Telemetry:
         return self._host.telemetry
+
+    @property
+    def results(self) -> ResultCache:
+        """What is kept of the functions and instances with `cache=`, as a table; `.clear()` forgets it."""
+        return self._host.results
 
     def session(self, id: str | None = None, *, ttl: float | None = None) -> Session:
         """The session of that id, made if there is none; a new one without an id. `ttl` becomes its time to live."""
@@ -202,6 +209,8 @@ class Host:
                 "use AsyncHost and await"
             )
         future = self._start(function, *args)
+        waiting = self._host.waiting
+        waiting.append(function)
         try:
             return future.result()
         except BridgeError as exc:
@@ -210,6 +219,8 @@ class Host:
         except BaseException:
             future.cancel()
             raise
+        finally:
+            waiting.pop()
 
     def __repr__(self) -> str:
         return repr(self._host).replace("AsyncHost", "Host")
@@ -309,14 +320,22 @@ class Session(SessionBase):
         return Stream(run(start), run, self._host._loop)
 
     def create(
-        self, cls: str, /, *args: Any, deadline: float | None = None, secrets: Sequence[str] = (), **kwargs: Any
+        self,
+        cls: str,
+        /,
+        *args: Any,
+        deadline: float | None = None,
+        secrets: Sequence[str] = (),
+        cache: Duration | None = None,
+        **kwargs: Any,
     ) -> Instance:
         """Make an object in a kernel and keep it here: as its recipe, and the state it has.
 
+        `cache="1h"`: results of its methods may be given again for so long; see `cache()`.
         Raises as `call` does; nothing is kept then.
         """
         terms = Terms(deadline, secrets=secrets, parent=CURRENT.get())
-        return Instance(self, self._host._run(self._async._create, cls, args, kwargs, terms))
+        return Instance(self, self._host._run(self._async._create, cls, args, kwargs, terms, ttl_of(cache)))
 
     def inspect(self, target: Any, /, *, deadline: float | None = None) -> Inspected:
         """Describe a dotted name, a function of the session's, or an instance: signature, documentation, members."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 
+from .secrets import without_secrets
+
 if TYPE_CHECKING:
     import builtins
     from collections.abc import Iterable
@@ -61,7 +63,6 @@ __all__ = (
     "error_object",
     "exception_from",
     "type_of",
-    "without_secrets",
 )
 
 MAX_FRAMES: Final = 64  # traceback frames on the wire: both ends of a recursion, not its middle
@@ -483,13 +484,6 @@ def error_object(
     frames = frames_of(exc.__traceback__, hidden=hidden, secrets=secrets)
     text = f"{name}: {message}" if message else name
     return ErrorObject(wrap.code, text, ErrorData(name, message, frames, remedy=wrap.default_remedy))
-
-
-def without_secrets(text: str, secrets: tuple[str, ...]) -> str:
-    """The same text with each secret starred out."""
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return text
 
 
 def exception_from(error: ErrorObject) -> BridgeError:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from . import errors
+from .telemetry import TelemetryOptions
 
 __all__ = (
     "CALLBACKS",
@@ -80,6 +81,7 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     traceparent: Traceparent | None = None
     secrets: dict[str, str] = {}
     """The session's secrets that this command names, and nothing else: kept nowhere, redacted everywhere."""
+    telemetry: TelemetryOptions | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(session={self.session!r}, attempt={self.attempt}, …)"
@@ -368,6 +370,8 @@ class ToolCall(Callback, frozen=True, kw_only=True):
     name: str
     args: tuple[Value, ...] = ()
     kwargs: dict[str, Value] = {}
+    traceparent: Traceparent | None = None
+    """The span of this very callback, beneath which the tool's belongs."""
 
 
 class ToolList(Callback, frozen=True, kw_only=True):

@@ -98,5 +98,8 @@ def document() -> dict[str, Any]:
                 for code, cls in ERRORS.items()
             },
         },
-        "x-telemetry": {"mime": TELEMETRY_MIME, "schema": {"$ref": _REF.format(name="EventBatch")}},
+        "x-telemetry": {
+            "mime": TELEMETRY_MIME,
+            "schema": {"type": "array", "items": {"$ref": _REF.format(name="EventBatch")}},
+        },
     }

@@ -39,8 +39,11 @@ from bridge_kernel.contract.methods import (
     VariableValues,
     Versioned,
 )
+from bridge_kernel.contract.secrets import captured_text
+from bridge_kernel.contract.telemetry import Trace
 
 from ..store.facts import CallbackAnswered, CallbackMade, CallbacksForgotten
+from ..telemetry import spans
 from ..values import ValueReader, ValueWriter, store_tree
 from .commands import record_of
 from .journal import Recorded
@@ -51,6 +54,7 @@ if TYPE_CHECKING:
 
     from bridge_kernel.contract.frames import Buffer
     from bridge_kernel.contract.messages import Request
+    from bridge_kernel.contract.telemetry import Capture, Scalar
     from bridge_kernel.contract.values import Tag
 
     from ..client import KernelClient
@@ -202,7 +206,7 @@ class Callbacks:
         except BridgeError as exc:
             reply = Recorded(None, (), error_object(exc))  # what is not there is not there the second time either
         entry = journal.record(params.seq, method, params, buffers)
-        entry.reply = reply
+        entry.reply, entry.versions = reply, versions
         _send(client, id, reply)
         if versions is not None and self._store.log.on_disk:
             self._note(running, entry, msgspec.msgpack.encode(_Kept(versions=versions)))
@@ -210,11 +214,12 @@ class Callbacks:
     def _repeat(self, client: KernelClient, id: int | str, entry: Entry, running: Running) -> None:
         """Answer as the first time; a tool that still runs answers both."""
         name = entry.params.name if isinstance(entry.params, ToolCall) else entry.method
-        self._telemetry.emit(
-            ("bridge", "journal", "replay"),
-            {"n": entry.n},
-            {"method": entry.method, "about": name, "session": running.session.id, "command": running.id},
-        )
+        if running.trace.sampled:
+            self._telemetry.emit(
+                ("bridge", "journal", "replay"),
+                {"n": entry.n},
+                {"method": entry.method, "about": name, "session": running.session.id, "command_id": running.id},
+            )
         if entry.reply is None and entry.versions is not None:
             entry.reply = self._read_again(running, entry)
         if entry.reply is not None:
@@ -341,7 +346,9 @@ class Callbacks:
         params: ToolCall,
         buffers: Sequence[Buffer],
     ) -> None:
-        reply = await self._call(session, tool, params, buffers, {"tool": tool.name, "session": session.id})
+        trace = Trace.child_of(params.traceparent)
+        spans.enter(trace)
+        reply = await self._call(session, tool, params, buffers, trace, None)
         _send(client, id, reply)
 
     # -- tools -------------------------------------------------------------------
@@ -352,13 +359,8 @@ class Callbacks:
         assert isinstance(params, ToolCall)
         CURRENT.set(running)
         CURRENT_CALL.set(ToolCallInfo(f"{running.id}:{entry.n}", tool.name, running.id, running.session.id))
-        metadata: dict[str, Any] = {
-            "tool": tool.name,
-            "session": running.session.id,
-            "command": running.id,
-            "trace_id": running.trace.trace_id,
-            "parent_span_id": running.trace.span_id,
-        }
+        trace = Trace.child_of(params.traceparent or running.trace.traceparent)
+        spans.enter(trace)
         with anyio.CancelScope() as scope:
             running.add(scope)
             try:
@@ -369,7 +371,7 @@ class Callbacks:
                     except BridgeError as exc:
                         _answer_all(entry, Recorded(None, (), error_object(exc)))
                         return
-                reply = await self._call(running.session, tool, params, entry.buffers, metadata)
+                reply = await self._call(running.session, tool, params, entry.buffers, trace, running.id)
             finally:
                 running.remove(scope)
             entry.reply = reply
@@ -381,11 +383,24 @@ class Callbacks:
             _answer_all(entry, reply)
 
     async def _call(
-        self, session: SessionState, tool: Tool, params: ToolCall, buffers: Sequence[Buffer], metadata: dict[str, Any]
+        self,
+        session: SessionState,
+        tool: Tool,
+        params: ToolCall,
+        buffers: Sequence[Buffer],
+        trace: Trace,
+        command: str | None,
     ) -> Recorded:
         """The tool's result, or what it raised. Raises only if it is cancelled by us."""
+        tell = partial(self._tell, session, trace)
+        said: dict[str, Scalar] = {"tool": tool.name, "session": session.id}
+        if command is not None:
+            said["command_id"] = command
+        said |= {"trace_id": trace.trace_id, "span_id": trace.span_id, "parent_span_id": trace.parent_span_id}
         began = time.perf_counter_ns()
-        self._telemetry.emit(("bridge", "tool", "start"), {"system_time": time.time_ns()}, {**metadata})
+        given = {"args": params.args, "kwargs": params.kwargs}
+        tell("start", {"system_time": time.time_ns()}, said, "arguments", "arguments", given)
+        result_tree: Any = None
         outcome = "exception"
         try:
             reader = ValueReader(buffers, lambda tag: self._hook(session, tag))
@@ -401,20 +416,38 @@ class Callbacks:
                 if raised is not None:
                     raise raised
             writer = ValueWriter()
-            tree = writer.write(result, f"{tool.name}()")
+            tree = result_tree = writer.write(result, f"{tool.name}()")
             # Copied: the journal's reply must not change when the tool's own array does.
             reply = Recorded(ValueResult(tree), tuple(bytes(buffer) for buffer in writer.buffers))
             outcome = "stop"
         except BaseException as exc:
-            metadata["error"] = type_of(exc)
+            said["error"] = type_of(exc)
             task = asyncio.current_task()
             if isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling():
-                metadata["error"] = "bridge.Cancelled"
+                said["error"] = "bridge.Cancelled"
                 raise  # we cancelled it; one that the tool itself raised is its answer like any other
             reply = Recorded(None, (), error_object(exc, wrap=ToolError, hidden=OWN_FILES))
         finally:
-            self._telemetry.emit(("bridge", "tool", outcome), {"duration": time.perf_counter_ns() - began}, metadata)
+            tell(outcome, {"duration": time.perf_counter_ns() - began}, said, "results", "result", result_tree)
         return reply
+
+    def _tell(
+        self,
+        session: SessionState,
+        trace: Trace,
+        last: str,
+        measurements: dict[str, int | float],
+        said: dict[str, Scalar],
+        what: Capture,
+        name: str,
+        value: Any,
+    ) -> None:
+        """Emit an event of a tool, with what it was given or returned if the session wants that captured."""
+        if not trace.sampled:
+            return
+        if what in session.capture and (last != "exception"):
+            said = {**said, name: captured_text(value, self._telemetry.intake.secrets_of(session.id))}
+        self._telemetry.emit(("bridge", "tool", last), measurements, said)
 
 
 def _in_thread(tool: Tool, arguments: dict[str, Any]) -> tuple[BaseException | None, Any]:

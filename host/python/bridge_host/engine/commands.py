@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from bridge_kernel.contract.frames import Buffer
     from bridge_kernel.contract.methods import LM
+    from bridge_kernel.contract.telemetry import TelemetryOptions
 
     from ..client import Reply
     from ..functions import FunctionSource
@@ -58,6 +59,7 @@ __all__ = (
 )
 
 _encode: Final = msgspec.json.Encoder(order="deterministic").encode
+_encode_as_given: Final = msgspec.json.Encoder().encode
 _results: Final = {name: msgspec.json.Decoder(m.result) for name, m in COMMANDS.items()}
 
 
@@ -95,6 +97,7 @@ class Create(msgspec.Struct, frozen=True, tag="instance.create"):
     args: Stored
     kwargs: Stored
     secrets: tuple[str, ...] = ()
+    cache: float | None = None
 
 
 class CallMethod(msgspec.Struct, frozen=True, tag="instance.call"):
@@ -130,6 +133,7 @@ class Attempt(NamedTuple):
     attempt: int
     traceparent: str
     with_source: bool
+    telemetry: TelemetryOptions | None = None
 
     def common(self, session: str, secrets: dict[str, str]) -> dict[str, Any]:
         """What every command's parameters begin with."""
@@ -139,11 +143,16 @@ class Attempt(NamedTuple):
             "attempt": self.attempt,
             "traceparent": self.traceparent,
             "secrets": secrets,
+            "telemetry": self.telemetry,
         }
 
 
 def _no_changes(reply: Reply) -> Sequence[tuple[InstanceState, int]]:
     return ()
+
+
+def _nothing_used() -> tuple[object, Sequence[Stored]]:
+    return (), ()
 
 
 class Prepared(NamedTuple):
@@ -158,6 +167,36 @@ class Prepared(NamedTuple):
     source: FunctionSource | None = None
     secret: bool = False
     """Whether it carries secrets: what is kept of it on disk is sealed then."""
+    cache: float | None = None
+    """Seconds that its result may be given again."""
+    used: Callable[[], tuple[object, Sequence[Stored]]] = _nothing_used
+    """What of its session goes with it, secrets included: to be hashed, and never to be shown."""
+
+    def result_key(self, vault: Vault) -> bytes:
+        """The same for two commands that, if they read the same, have the same result.
+
+        Other than in `digest` the order of a dict's members counts, which code sees; an instance is what it is made
+        of, whatever its ref; and secrets and the language model count, but for its key.
+        """
+        request = self.request
+        buffers: Sequence[Buffer] = ()
+        if isinstance(request, CallMethod | CallFunction):
+            given = request.given
+            buffers = given.buffers
+            bare = Arguments(given.args, given.kwargs)
+            if isinstance(request, CallMethod):
+                request = msgspec.structs.replace(request, ref="", given=bare)
+            else:
+                request = msgspec.structs.replace(request, given=bare)
+        told, values = self.used()
+        digest = hashlib.blake2b(_encode_as_given((self.method, request, told)), digest_size=32)
+        for parts in (buffers, *((value.json, *value.buffers) for value in values)):
+            digest.update(len(parts).to_bytes(8, "big"))
+            for part in parts:
+                view = memoryview(part)
+                digest.update(view.nbytes.to_bytes(8, "big"))
+                digest.update(view)
+        return vault.fingerprint(digest.digest()) if self.secret else digest.digest()
 
     def fingerprint(self, vault: Vault) -> bytes:
         """As `digest`, to be kept: if it carries secrets, nobody can guess from it what was asked."""
@@ -193,6 +232,10 @@ def _lm(session: SessionState, vault: Vault) -> LM | None:
     return msgspec.structs.replace(session.lm, api_key=vault.unseal(sealed).decode())
 
 
+def _without_key(lm: LM | None) -> LM | None:
+    return None if lm is None else msgspec.structs.replace(lm, api_key=None)
+
+
 def _function(request: CallFunction | StreamFunction, session: SessionState, vault: Vault) -> Prepared:
     name, given = request.name, request.given
     source = session.functions.get(name)
@@ -208,9 +251,13 @@ def _function(request: CallFunction | StreamFunction, session: SessionState, vau
             return FunctionStream(**common, credit=request.credit), given.buffers
         return FunctionCall(**common), given.buffers
 
+    def used() -> tuple[object, Sequence[Stored]]:
+        return ("" if source is None else source.hash, _without_key(lm), sorted(secrets.items())), ()
+
     method = "function.call" if isinstance(request, CallFunction) else "function.stream"
     secret = bool(secrets) or (lm is not None and lm.api_key is not None)
-    return Prepared(request, method, name, build, source=source, secret=secret)
+    cache = None if source is None else source.cache
+    return Prepared(request, method, name, build, source=source, secret=secret, cache=cache, used=used)
 
 
 def _create(request: Create, session: SessionState, vault: Vault) -> Prepared:
@@ -233,6 +280,7 @@ def _create(request: Create, session: SessionState, vault: Vault) -> Prepared:
             state=store_tree(created.state.value, reply.buffers, "state"),
             sha256=created.state.sha256,
             methods=created.methods,
+            cache=request.cache,
         )
         return [(made, 0)]
 
@@ -270,9 +318,13 @@ def _method(request: CallMethod, session: SessionState, vault: Vault) -> Prepare
         )
         return [(changed, instance.version)]
 
+    def used() -> tuple[object, Sequence[Stored]]:
+        told = (instance.cls, instance.adapter, instance.sha256, _without_key(lm), sorted(secrets.items()))
+        return told, (instance.args, instance.kwargs, instance.state)
+
     secret = bool(secrets) or (lm is not None and lm.api_key is not None)
     subject = f"{instance.cls}.{request.method}"
-    return Prepared(request, "instance.call", subject, build, changes, secret=secret)
+    return Prepared(request, "instance.call", subject, build, changes, secret=secret, cache=instance.cache, used=used)
 
 
 def _inspect(request: Inspect, session: SessionState, vault: Vault) -> Prepared:

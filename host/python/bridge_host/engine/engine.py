@@ -24,17 +24,19 @@ from bridge_kernel.contract.errors import (
     type_of,
 )
 from bridge_kernel.contract.methods import Cancel, Chunk
-from bridge_kernel.contract.telemetry import Event, Trace
 
+from ..pool.outcomes import outcome_of
 from ..pool.routing import Ask
 from ..store.facts import CommandBegun, CommandEnded, CommandTried
 from ..watch import Watchers
+from .caching import Caching
 from .callbacks import Callbacks
 from .commands import Attempt, Prepared, prepare
 from .journal import Journal
 from .quarantine import Quarantine
 from .recovery import Recovery, keep_reply
 from .running import CURRENT, LATE_S, Outcome, Running, Terms
+from .telling import Teller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,12 +46,14 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.values import Tag
 
     from ..client import KernelClient, Reply, StreamText
+    from ..live import Live
     from ..pool.dispatch import Lease
     from ..pool.pool import Pool
     from ..store import SessionState, Store
     from ..tasks import Tasks
     from ..telemetry import Telemetry
     from .commands import Request as CommandRequest
+    from .results import ResultCache
 
 __all__ = ("Engine", "Output")
 
@@ -81,8 +85,10 @@ class Engine:
         tasks: Tasks,
         on_output: Callable[[Output], object] | None,
         hook: Callable[[SessionState, Tag], object],
+        results: ResultCache,
+        live: Live | None = None,
     ) -> None:
-        """`hook` says what a ref in a result becomes."""
+        """`hook` says what a ref in a result becomes; `live` is where somebody looks."""
         self.store = store
         self.telemetry = telemetry
         self.tasks = tasks
@@ -90,10 +96,13 @@ class Engine:
         self.quarantine = Quarantine()
         self.recovery = Recovery(self)
         self.watchers = Watchers(store)
-        store.on_forget = self.watchers.forget
+        self.results = results
+        store.on_forget = self._forget
         self.pool: Pool  # set by the host: the pool needs the engine to listen to its kernels
         self.closing = False
         self._on_output = on_output
+        self._teller = Teller(telemetry, live)
+        self.caching = Caching(self, results, self._teller)
         self.callbacks = Callbacks(store, telemetry, tasks, hook)
         self._running: dict[tuple[KernelClient, int], Running] = {}
         self._cells: dict[KernelClient, SessionState] = {}
@@ -127,7 +136,11 @@ class Engine:
             terms = terms._replace(parent=parent)
         if terms.key is not None:
             return await self.recovery.once(session, prepared, terms.key, terms)
+        if prepared.cache is not None and on_chunk is None:
+            return await self.caching.run(session, prepared, terms)
         running = self.begin(session, prepared, terms, on_chunk=on_chunk)
+        if prepared.cache is not None:
+            self.caching.skip(running, "it is a stream")
         if started is not None:
             started(running)
         return await self.finish(running, terms.retries)
@@ -154,11 +167,22 @@ class Engine:
         until = None if deadline is None else time.monotonic() + deadline
         if parent is not None and parent.deadline is not None:
             until = parent.deadline if until is None else min(until, parent.deadline)
-        trace = Trace.child_of(parent.trace.traceparent if parent is not None else None)
+        trace = self.telemetry.tracer.child()
         if begun is None:
             begun = self._begun(session, prepared, terms.key)
             self.store.log.append([begun])
-        return Running(begun, session, prepared, journal or Journal(), until, parent, trace, on_chunk)
+        running = Running(begun, session, prepared, journal or Journal(), until, parent, trace, on_chunk)
+        self._teller.begun(running)
+        return running
+
+    def new_id(self) -> str:
+        """For a command: no other has it, of this host or another."""
+        return f"{self._prefix}{next(self._numbers):x}"
+
+    def _forget(self, session: str) -> None:
+        self.watchers.forget(session)
+        self.results.forget(session)
+        self.telemetry.usage.forget(session)
 
     def _begun(self, session: SessionState, prepared: Prepared, key: str | None) -> CommandBegun:
         vault = self.store.vault
@@ -166,20 +190,26 @@ class Engine:
         if self.store.log.on_disk or key is not None:
             digest = prepared.fingerprint(vault)
             content = vault.seal_if(prepared.secret, msgspec.json.encode(prepared.request))
-        id = f"{self._prefix}{next(self._numbers):x}"
         method, subject = prepared.method, prepared.subject
-        return CommandBegun(id, session.id, method, subject, key, digest, content, prepared.secret, time.time())
+        return CommandBegun(
+            self.new_id(), session.id, method, subject, key, digest, content, prepared.secret, time.time()
+        )
 
     async def finish(self, running: Running, retries: int) -> Outcome:
         """Run what was begun, to its end."""
         session = running.session
         session.busy += 1
+        error: BaseException | None = None
         try:
             if self.store.log.backlog > MAX_BACKLOG:
                 await self.store.log.durable(self.store.log.append(()))
-            return Outcome(await self._attempts(running, retries), running.prepared, session)
+            reply = await self._attempts(running, retries)
+            self.caching.succeeded(running, reply)
+            return Outcome(reply, running.prepared, session)
         except BaseException as exc:
-            number = 0
+            error, number = exc, 0
+            if running.result_key is not None and not running.committed:
+                self.caching.skip(running, "it failed")
             with contextlib.suppress(StoreFailed):  # told to whoever writes next: what ended this is what counts here
                 number = self._failed(running, exc)
             if number and running.journal.effects and isinstance(exc, BridgeError):
@@ -189,6 +219,7 @@ class Engine:
         finally:
             session.busy -= 1
             running.end()
+            self._teller.ended(running, error)
             if not session.deleted:
                 session.used = self.store.clock()
 
@@ -216,7 +247,9 @@ class Engine:
             lease = await self._acquire(running, alone=died >= SHARED_ATTEMPTS, avoid=avoid)
             client = lease.client
             with_source = source_hash is not None and (resend or source_hash not in client.sources)
-            tried = Attempt(running.remaining_ms(), running.attempt, running.trace.traceparent, with_source)
+            options = self.telemetry.options(running.session.capture)
+            trace = running.trace.traceparent
+            tried = Attempt(running.remaining_ms(), running.attempt, trace, with_source, options)
             if running.attempt > 1:
                 self.store.log.append([CommandTried(running.id, running.attempt)])
             outcome = "cancelled"
@@ -226,16 +259,16 @@ class Engine:
             except KernelDied as exc:
                 # Only if it is this kernel that died: a tool may have met another's death and passed it on.
                 if exc is not client.closed:
-                    outcome = "error"
+                    outcome = "refused"
                     raise
                 outcome = "died"
                 died += 1
                 avoid |= {lease.kernel.id}
-                self._settle(client, running)
+                self._teller.lost(client, running)
                 self._check_may_run_again(running, exc, died, retries)
                 continue
             except SourceMissing:
-                outcome = "error"
+                outcome = "refused"
                 if resend:
                     raise
                 resend = True
@@ -243,7 +276,7 @@ class Engine:
                 continue
             except BridgeError as exc:
                 # A kernel that says itself that the time is up is well.
-                outcome = "timeout" if isinstance(exc, DeadlineExceeded) and running.unheard else "error"
+                outcome = "timeout" if isinstance(exc, DeadlineExceeded) and running.unheard else outcome_of(exc)
                 raise
             finally:
                 self.pool.release(lease, outcome)  # type: ignore[arg-type]
@@ -266,11 +299,7 @@ class Engine:
                 f"{exc.message}; the command called back too often to be repeated", remedy="Split it into several."
             ) from exc
         running.lost = False
-        self.telemetry.emit(
-            ("bridge", "execution", "retry"),
-            {"attempt": running.attempt + 1, "recorded": len(running.journal)},
-            {"command": running.prepared.method, "subject": running.subject, "session": running.session.id},
-        )
+        self._teller.again(running)
 
     async def _commit(self, running: Running, reply: Reply) -> Reply:
         """The command's writes, its instances' new states and its end: one transaction."""
@@ -287,7 +316,7 @@ class Engine:
             kept = (begun, ended) if begun.key is not None else None
             facts = [ended] if kept is None else ()
             number = running.session.commit(staged.writes, instances=changes, facts=facts, finished=kept).number
-        running.committed = True
+        running.committed, running.changed = True, bool(changes)
         if log.on_disk and (staged.writes or changes or begun.key is not None or running.journal.effects):
             await asyncio.shield(log.durable(number))
         return reply
@@ -296,7 +325,7 @@ class Engine:
         source = running.prepared.source
         # Two sessions' functions of one name are two commands, as far as their durations and failures are concerned.
         command = running.subject if source is None else f"{running.subject} {source.hash[:8]}"
-        ask = Ask(running.session.id, command, running.depth > 0, alone, avoid)
+        ask = Ask(running.session.id, command, running.depth > 0, alone, avoid, running.trace)
         ready = self.pool.take(ask)
         if ready is not None:
             return ready
@@ -313,6 +342,7 @@ class Engine:
         params, buffers = running.prepared.build(attempt)
         id, future = client.request(running.prepared.method, params, buffers)
         running.begin(client, id, future)
+        self._teller.tried(client, running)
         key = (client, id)
         self._running[key] = running
         answered = False
@@ -340,35 +370,10 @@ class Engine:
         finally:
             del self._running[key]
             client.forget(id)
-            if answered:
-                self.telemetry.expect(client.display_id(id))
-            else:
+            if not answered:
                 client.notify("command.cancel", Cancel(id), control=True)
-
-    def _settle(self, client: KernelClient, running: Running) -> None:
-        """End the telemetry of an attempt whose kernel can no longer do so itself."""
-        duration = time.perf_counter_ns() - running.began
-        trace = running.trace
-        self.telemetry.settle(
-            client.display_id(running.request_id),
-            f"✗ {running.subject}  {duration / 1e6:.1f} ms · bridge.KernelDied",
-            Event(
-                ("bridge", "execution", "exception"),
-                {"duration": duration},
-                {
-                    "command": running.prepared.method,
-                    "subject": running.subject,
-                    "success": False,
-                    "error": "bridge.KernelDied",
-                    "session": running.session.id,
-                    "kernel": client.attached.kernel.id if client.attached is not None else "",
-                    "attempt": running.attempt,
-                    "trace_id": trace.trace_id,
-                    "span_id": trace.span_id,
-                    "parent_span_id": trace.parent_span_id,
-                },
-            ),
-        )
+            elif running.trace.sampled and not self.telemetry.silent:
+                self.telemetry.intake.expect(client.display_id(id))
 
     # -- what kernels say (Listener) ---------------------------------------------
 
@@ -388,14 +393,14 @@ class Engine:
             (sys.stderr if output.name == "stderr" else sys.stdout).write(output.text)
 
     def on_display(self, client: KernelClient, content: bytes) -> None:
-        self.telemetry.take_display(content)
+        self.telemetry.intake.take_display(content)
         if not self._telemetry_due:
             self._telemetry_due = True
             asyncio.get_running_loop().call_later(TELEMETRY_S, self._read_telemetry)
 
     def _read_telemetry(self) -> None:
         self._telemetry_due = False
-        self.telemetry.read()
+        self.telemetry.intake.read()
 
     def on_notification(self, client: KernelClient, message: Notification, buffers: Sequence[Buffer]) -> None:
         if message.method == "command.chunk":

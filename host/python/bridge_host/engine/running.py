@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..client import KernelClient, Reply
     from ..store import SessionState
     from ..store.facts import CommandBegun
+    from ..tools import Tool
     from .commands import Prepared
     from .journal import Journal
 
@@ -97,7 +98,7 @@ class Running:
         self.prepared = prepared
         self.journal = journal
         self.staged = Staged(session)
-        self.began = time.perf_counter_ns()
+        self.began = self.tried = time.perf_counter_ns()
         self.deadline = deadline  # time.monotonic
         self.parent = parent
         self.depth: int = 0 if parent is None else parent.depth + 1
@@ -105,6 +106,9 @@ class Running:
         self.on_chunk = on_chunk
         self.attempt = 0
         self.committed = False
+        self.changed = False  # whether its answer changed an instance
+        self.result_key: bytes | None = None  # what its result is to be kept under
+        self.tools: dict[str, Tool] | None = None  # the session's when it began, if that counts
         self.lost = False  # whether its last kernel was lost: what its code raised is another matter
         self.unheard = False  # whether its kernel did not even say that the deadline had passed
         self.client: KernelClient | None = None
@@ -123,6 +127,7 @@ class Running:
     def begin(self, client: KernelClient, request_id: int, answer: asyncio.Future[Reply]) -> None:
         """An attempt begins: of what an earlier one wrote nothing is left, but its tools may run still."""
         self.client, self.request_id, self.answer = client, request_id, answer
+        self.tried = time.perf_counter_ns()
         if self.attempt > 1:
             self.staged = Staged(self.session)
         self.journal.begin()

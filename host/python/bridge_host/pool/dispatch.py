@@ -13,16 +13,21 @@ from bridge_kernel.contract.errors import BridgeError, HostClosed, QueueFull
 
 from .admission import FairQueue
 from .breaker import Circuits
+from .load import Kinds
+from .outcomes import FAILED, Comparison
 from .routing import routing_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from bridge_kernel.contract.telemetry import Scalar
+
     from ..client import KernelClient
     from ..telemetry import Telemetry
-    from .breaker import Outcome
     from .kernel import Kernel
+    from .load import Job
     from .options import PoolOptions
+    from .outcomes import Outcome
     from .routing import Ask
 
 __all__ = ("Dispatcher", "Lease")
@@ -37,7 +42,7 @@ class Lease(NamedTuple):
     kernel: Kernel
     client: KernelClient
     ask: Ask
-    began: int  # time.perf_counter_ns
+    job: Job
     probe: bool  # it decides about a half-open circuit
     alone: bool
 
@@ -72,6 +77,7 @@ class Dispatcher:
         self._routing = routing_named(options.routing, options.clock)
         self.strategy = options.routing if isinstance(options.routing, str) else type(options.routing).__name__
         self.circuits = Circuits(options.breaker, options.clock)
+        self._comparison = Comparison() if options.recycle is None or options.recycle.errors else None
         self._hopeless = hopeless
         self._on_worn = on_worn
         self._kernels: Sequence[Kernel] = ()
@@ -81,6 +87,7 @@ class Dispatcher:
         self._nested: OrderedDict[_Waiter, None] = OrderedDict()
         self._uses = itertools.count(1)
         self._closed = False
+        self.kinds = Kinds()
         self.mean_s = 0.0
         """A moving average of how long commands take, nested ones not counted."""
 
@@ -138,7 +145,9 @@ class Dispatcher:
         kernel = self._routing.choose(ask, candidates) if len(candidates) > 1 else candidates[0]
         client = kernel.client
         assert client is not None
-        expected = kernel.durations.expected(command, kernel.in_flight, self._clock())
+        now = self._clock()
+        expected = kernel.load.expected(command, now)
+        job = kernel.load.begin(command, now)
         kernel.last_used = next(self._uses)
         kernel.in_flight += 1
         if not ask.nested:
@@ -147,16 +156,24 @@ class Dispatcher:
             kernel.alone = True
             self._reopen()
         probe = circuits.begin(kernel.id, command) if circuits.known else False
-        self._telemetry.emit(
-            ROUTE,
-            {"queue": queued, "candidates": len(candidates), "expected": round(expected * 1e9)},
-            {"kernel": kernel.id, "strategy": self.strategy, "command": command, "session": ask.session},
-        )
-        return Lease(kernel, client, ask, time.perf_counter_ns(), probe, alone)
+        trace = ask.trace
+        if trace is None or trace.sampled:
+            said: dict[str, Scalar] = {
+                "kernel": kernel.id,
+                "strategy": self.strategy,
+                "subject": command,
+                "session": ask.session,
+            }
+            if trace is not None:
+                said |= {"trace_id": trace.trace_id, "parent_span_id": trace.span_id}
+            numbers = {"queue": queued, "candidates": len(candidates), "expected": round(expected * 1e9)}
+            self._telemetry.emit(ROUTE, numbers, said)
+        return Lease(kernel, client, ask, job, probe, alone)
 
     def release(self, lease: Lease, outcome: Outcome) -> None:
         """See `Pool.release`."""
-        kernel, client, ask, began, probe, alone = lease
+        kernel, client, ask, job, probe, alone = lease
+        now = self._clock()
         kernel.in_flight -= 1
         kernel.completed += 1
         if not ask.nested:
@@ -164,15 +181,22 @@ class Dispatcher:
         if alone:
             kernel.alone = False
             self._reopen()
+        # What fails at once must not look fast.
+        kernel.load.end(job, now, typical=outcome in ("ok", "timeout"))
         if outcome not in ("died", "cancelled"):
-            seconds = (time.perf_counter_ns() - began) / 1e9
-            kernel.durations.record(ask.command, seconds, self._clock())
+            seconds = now - job.began
             if not ask.nested:
                 self.mean_s = self.mean_s + MEAN_WEIGHT * (seconds - self.mean_s) if self.mean_s else seconds
             if outcome != "timeout":
                 kernel.served = True
-        if outcome in ("died", "timeout") or self.circuits.known:
+            if outcome != "refused":
+                kernel.recent.add(outcome in FAILED)
+        circuits = self.circuits
+        if outcome in ("died", "timeout") or circuits.known or circuits.counting:
             self._judge(kernel, ask.command, outcome, probe=probe)
+        comparison = self._comparison
+        if comparison is not None and (outcome in FAILED or len(comparison)):
+            self._compare(comparison, kernel, ask, outcome, job.began, now)
         if kernel.draining and not kernel.in_flight:
             kernel.idle.set()
         if kernel.completed >= kernel.worn_at and client.closed is None:
@@ -185,8 +209,26 @@ class Dispatcher:
             self._telemetry.emit(
                 ("bridge", "pool", "breaker", "open" if change.opened else "close"),
                 {"failures": change.failures, "cooldown": round(change.cooldown_s * 1e9)},
-                {"command": change.command, "kernel": change.kernel, "reason": outcome},
+                {"subject": change.command, "kernel": change.kernel, "reason": change.reason},
             )
+
+    def _compare(
+        self, comparison: Comparison, kernel: Kernel, ask: Ask, outcome: Outcome, began: float, now: float
+    ) -> None:
+        """Have a kernel replaced that fails a command which the others do not fail."""
+        if not kernel.routable or kernel.worn:
+            return  # it is on its way out: whatever it still says, another is taking its place
+        verdict = comparison.add(kernel.id, ask.command, ask.session, outcome, began=began, now=now)
+        if verdict is not None:
+            for sick in self._kernels:
+                if sick.id == verdict.kernel:
+                    self._on_worn(sick, verdict.reason)
+
+    def forget(self, kernel: str) -> None:
+        """That kernel has gone: what is known of its failures goes with it."""
+        self.circuits.forget(kernel)
+        if self._comparison is not None:
+            self._comparison.forget(kernel)
 
     # -- a place in time -------------------------------------------------------------
 
@@ -218,7 +260,7 @@ class Dispatcher:
                 self._telemetry.emit(
                     ("bridge", "pool", "queue", "reject"),
                     {"waiting": len(self._queue), "session_waiting": self._queue.waiting(ask.session)},
-                    {"session": ask.session, "command": ask.command},
+                    {"session": ask.session, "subject": ask.command},
                 )
                 raise
 

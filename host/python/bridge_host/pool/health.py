@@ -92,8 +92,9 @@ class Health:
                 return
         if verdict == "heard":
             self._answers(kernel)
-            if self._recycle.rss_bytes is not None:
-                self._ask(kernel)  # however busy it is, its memory is to be known
+            # However busy it is, its memory is to be known.
+            if self._recycle.rss_bytes is not None or self._clock() - kernel.asked_at >= pulse.quarter_s:
+                self._ask(kernel)
             return
         self._ask(kernel)
         if verdict == "gone":
@@ -117,6 +118,7 @@ class Health:
         if client is None or client.closed is not None or kernel in self._asked:
             return
         self._asked.add(kernel)
+        kernel.asked_at = began = self._clock()
         _, future = client.request("kernel.ping", Command())
 
         def answered(future: asyncio.Future[Reply]) -> None:
@@ -128,6 +130,16 @@ class Health:
             except UNDECODABLE:
                 return  # a kernel of another make: it has spoken, which is what counts
             if kernel.connected:
+                kernel.round_trip_s = self._clock() - began
+                self._telemetry.emit(
+                    ("bridge", "kernel", "memory"),
+                    {
+                        "rss": kernel.rss,
+                        "in_flight": kernel.in_flight,
+                        "round_trip": round(kernel.round_trip_s * 1e9),
+                    },
+                    {"kernel": kernel.id, "pid": kernel.pid},
+                )
                 self._answers(kernel)
                 if self._recycle.rss_bytes and kernel.rss > self._recycle.rss_bytes:
                     self._on_worn(kernel, "rss")

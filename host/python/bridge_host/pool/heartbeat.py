@@ -12,10 +12,11 @@ Verdict = Literal["heard", "ask", "unresponsive", "gone"]
 class Pulse:
     """One kernel's. It is asked after a quarter of the heartbeat, unresponsive after half, gone after all of it."""
 
-    __slots__ = ("_heard", "_heartbeat_s", "silent_s")
+    __slots__ = ("_heard", "_heartbeat_s", "quarter_s", "silent_s")
 
     def __init__(self, heartbeat_s: float) -> None:
         self._heartbeat_s = heartbeat_s
+        self.quarter_s = heartbeat_s / 4
         self._heard = 0
         self.silent_s = 0.0
         """For how long nothing was heard, counting only time in which the host could have heard it."""
@@ -31,4 +32,4 @@ class Pulse:
             return "gone"
         if self.silent_s >= self._heartbeat_s / 2:
             return "unresponsive"
-        return "ask" if self.silent_s >= self._heartbeat_s / 4 else "heard"
+        return "ask" if self.silent_s >= self.quarter_s else "heard"

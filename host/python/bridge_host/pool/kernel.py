@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from ..display import table
-from .routing import Durations
+from .load import Kinds, Load
+from .outcomes import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from .process import KernelProcess
 
 __all__ = ("Kernel", "KernelStatus", "PoolStatus")
+
+RECENT: Final = 50
+"""How many commands the error rate is about that people see."""
 
 
 class KernelStatus(msgspec.Struct, frozen=True):
@@ -33,6 +37,8 @@ class KernelStatus(msgspec.Struct, frozen=True):
     age_s: float = 0.0
     rss: int = 0  # bytes, as the kernel last said; 0 if it was not asked yet
     deaths: int = 0  # kernels that died in this place before
+    error_rate: float = 0.0  # 0 to 1, of its last 50 commands; errors of whoever asked do not count
+    round_trip_s: float = 0.0  # of its last heartbeat; 0 if it was not asked yet
 
 
 class PoolStatus(msgspec.Struct, frozen=True):
@@ -59,11 +65,12 @@ class PoolStatus(msgspec.Struct, frozen=True):
                 str(k.completed),
                 f"{k.age_s:.0f} s",
                 f"{k.rss / 2**20:.0f} MiB" if k.rss else "-",
+                f"{k.error_rate:.0%}",
                 str(k.deaths),
             ]
             for k in self.kernels
         ]
-        columns = ["kernel", "pid", "state", "in flight", "completed", "age", "memory", "deaths"]
+        columns = ["kernel", "pid", "state", "in flight", "completed", "age", "memory", "errors", "deaths"]
         return table(columns, rows, html=html, title=title)
 
     def __repr__(self) -> str:
@@ -90,13 +97,16 @@ class Kernel:
         self.worn_at: float = math.inf  # commands completed, after which it is replaced
         self.pulse: Pulse | None = None
         self.rss = 0
+        self.round_trip_s = 0.0
+        self.asked_at = -math.inf
         # What runs there:
         self.in_flight = 0
         self.running = 0  # of these, what counts against the capacity: not the nested
         self.completed = 0
         self.served = False  # some command ended as commands should
         self.last_used = 0
-        self.durations = Durations()
+        self.load = Load(Kinds())  # until it takes part in the work
+        self.recent = Window(RECENT)
         # Which commands it may be given:
         self.spare = False
         self.worn = False  # it has served long enough, and somebody sees to that
@@ -172,4 +182,6 @@ class Kernel:
             self.age_s,
             self.rss,
             self.deaths,
+            self.recent.rate,
+            self.round_trip_s,
         )

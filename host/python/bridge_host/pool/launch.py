@@ -36,6 +36,11 @@ class Launcher:
         self._directory = RuntimeDirectory()
         self._processes: set[KernelProcess] = set()  # those of which something may be left
 
+    @property
+    def directory(self) -> Path:
+        """The host's own, mode 0700, as long as it is open."""
+        return self._directory.path
+
     def process(self, number: int) -> KernelProcess:
         """A process that is yet to be launched.
 

@@ -18,7 +18,7 @@ from typing import Final
 import msgspec
 import psutil
 
-__all__ = ("OWNER_FILE", "Owner", "Swept", "here", "started", "sweep", "write_owner")
+__all__ = ("OWNER_FILE", "PREFIX", "Owner", "Swept", "here", "read_owner", "started", "sweep", "write_owner")
 
 OWNER_FILE: Final = "owner.json"
 PREFIX: Final = "bridge-"
@@ -88,7 +88,7 @@ def write_owner(directory: Path, owner: Owner) -> None:
     os.replace(path, directory / OWNER_FILE)
 
 
-def _read_owner(directory: Path) -> Owner | None:
+def read_owner(directory: Path) -> Owner | None:
     """The record of a directory that is certainly this user's own, or None."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         found = os.lstat(directory)
@@ -123,7 +123,7 @@ def sweep(parent: str | None = None) -> list[Swept]:
     done: list[Swept] = []
     place = here()
     for directory in Path(parent or tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        owner = _read_owner(directory)
+        owner = read_owner(directory)
         if owner is None or owner.where != place or started(owner.pid) == owner.started:
             continue
         killed = tuple(pid for pid, start in owner.kernels.items() if _kill(pid, start))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..client import Listener
     from ..tasks import Tasks
     from ..telemetry import Telemetry
-    from .breaker import Outcome
+    from .outcomes import Outcome
     from .routing import Ask
 
 __all__ = ("Kernel", "KernelStatus", "Lease", "Pool", "PoolOptions", "PoolStatus", "Recycle")
@@ -45,6 +45,8 @@ class Pool:
         options = options or PoolOptions()
         self._telemetry = telemetry
         launcher = Launcher(listener, kernel_name=kernel_name, arguments=arguments, env=env)
+        self.directory = launcher.directory
+        """The host's own runtime directory, mode 0700; removed by `close`."""
         self._roster = roster = Roster(tasks, telemetry, launcher, options)
         self._desk = roster.desk = Dispatcher(telemetry, options, hopeless=roster.hopeless, on_worn=roster.wear_out)
 

@@ -14,8 +14,8 @@ from bridge_kernel.contract.errors import BridgeError, HostClosed, KernelDied, K
 
 from .health import Health
 from .kernel import Kernel
+from .load import Load
 from .orphans import sweep
-from .routing import Durations
 
 if TYPE_CHECKING:
     from ..client import KernelClient
@@ -163,7 +163,7 @@ class Roster:
     def _welcome(self, kernel: Kernel, client: KernelClient, connection_file: str) -> None:
         kernel.connect(client, self._options.concurrency)
         kernel.connection_file = connection_file
-        kernel.durations = Durations(self.desk.mean_s)
+        kernel.load = Load(self.desk.kinds, self.desk.mean_s)
         self._health.begin(kernel)
         if kernel.cut:
             self._on_cut(kernel, "was cut")
@@ -224,8 +224,8 @@ class Roster:
         kernel.lost, kernel.casualties = reason, kernel.in_flight
         kernel.idle.set()
         client.close(error)
-        self._telemetry.abandon(client.display_id(""))
-        self.desk.circuits.forget(kernel.id)
+        self._telemetry.intake.abandon(client.display_id(""))
+        self.desk.forget(kernel.id)
         if kernel.process is None:
             self.kernels.remove(kernel)
             self._telemetry.emit(
@@ -365,8 +365,8 @@ class Roster:
         if kernel.lost or client is None:
             return
         kernel.lost = reason
-        self._telemetry.abandon(client.display_id(""))
-        self.desk.circuits.forget(kernel.id)
+        self._telemetry.intake.abandon(client.display_id(""))
+        self.desk.forget(kernel.id)
         if kernel.process is None:
             client.close(KernelDied(f"{kernel.name} was detached"), polite=True)
             self.kernels.remove(kernel)

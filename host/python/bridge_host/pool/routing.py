@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ("Ask", "Candidate", "Durations", "Fastest", "LeastLoaded", "Pinned", "Random", "Routing", "routing_named")
+    from bridge_kernel.contract.telemetry import Trace
 
-WEIGHT: Final = 0.2  # of the newest duration in a moving average
-STALE_S: Final = 30.0
-MAX_COMMANDS: Final = 4096
+    from .load import Load
+
+__all__ = ("Ask", "Candidate", "Fastest", "LeastLoaded", "Pinned", "Random", "Routing", "routing_named")
+
+ABOUT: Final = 1.2
+"""Expectations that differ by less than that factor are the same: what is measured is no more exact."""
 MAX_SESSIONS: Final = 4096
 
 
@@ -31,43 +34,8 @@ class Ask(NamedTuple):
     """No other command runs on that kernel while this one does."""
     avoid: frozenset[str] = frozenset()
     """Ids of kernels that it should not go to if there is another."""
-
-
-class Durations:
-    """Moving averages of how long commands took on one kernel, in seconds. Bounded: the oldest command is forgotten."""
-
-    __slots__ = ("_commands", "mean")
-
-    def __init__(self, mean: float = 0.0) -> None:
-        self.mean = mean
-        """Of all commands; 0 if nothing is known."""
-        self._commands: OrderedDict[str, tuple[float, float]] = OrderedDict()  # average, when it was renewed
-
-    def record(self, command: str, seconds: float, now: float) -> None:
-        commands = self._commands
-        known = commands.get(command)
-        if known is None:
-            # The first run pays for imports and caches: to judge by it would shun a kernel for what it has behind it.
-            commands[command] = (0.0, now)
-            if len(commands) > MAX_COMMANDS:
-                commands.popitem(last=False)
-            return
-        average = known[0]
-        commands[command] = (average + WEIGHT * (seconds - average) if average else seconds, now)
-        commands.move_to_end(command)
-        self.mean = self.mean + WEIGHT * (seconds - self.mean) if self.mean else seconds
-
-    def of(self, command: str, now: float) -> float:
-        """How long it takes; 0 if that is not known, or has not been seen for so long that it is worth another try."""
-        known = self._commands.get(command)
-        return known[0] if known is not None and now - known[1] < STALE_S else 0.0
-
-    def expected(self, command: str, in_flight: int, now: float) -> float:
-        """How long the command would take here, behind `in_flight` others."""
-        return in_flight * self.mean + self.of(command, now)
-
-    def __len__(self) -> int:
-        return len(self._commands)
+    trace: Trace | None = None
+    """Its span, beneath which its time in the queue belongs."""
 
 
 class Candidate(Protocol):
@@ -83,7 +51,7 @@ class Candidate(Protocol):
         ...
 
     @property
-    def durations(self) -> Durations: ...
+    def load(self) -> Load: ...
 
 
 Chosen = TypeVar("Chosen", bound=Candidate)
@@ -96,19 +64,41 @@ class Routing(Protocol):
 
 
 class Fastest:
-    """Where the command is expected to be done first: what is in flight there, and how long it takes there."""
+    """Where the command is expected to be done first: how long it takes there, beside what is in flight there.
+
+    Of a kernel of which nothing is known, or nothing new for long, it expects as much as of the best. Among kernels
+    that are about as good, the one with the fewest commands in flight, and of these the longest unused: so those are
+    tried.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
 
     def choose(self, ask: Ask, candidates: Sequence[Chosen]) -> Chosen:
         now, command = self._clock(), ask.command
-        best = candidates[0]
-        least = (best.durations.expected(command, best.in_flight, now), best.in_flight, best.last_used)
-        for kernel in candidates[1:]:
-            wait = (kernel.durations.expected(command, kernel.in_flight, now), kernel.in_flight, kernel.last_used)
-            if wait < least:
-                best, least = kernel, wait
+        known: list[float] = []
+        usual = mean = 0.0
+        for kernel in candidates:
+            load = kernel.load
+            alone = load.of(command, now)
+            known.append(alone)
+            if alone and (alone < usual or not usual):
+                usual = alone
+            mean = max(mean, load.mean)
+        usual = usual or mean
+        waits: list[float] = []
+        for kernel, alone in zip(candidates, known, strict=True):
+            alone = alone or usual
+            waits.append(alone + kernel.load.ahead(command, alone, now))
+        enough = min(waits) * ABOUT
+        best: Chosen | None = None
+        least = (0, 0)
+        for kernel, wait in zip(candidates, waits, strict=True):
+            if wait <= enough:
+                rank = (kernel.in_flight, kernel.last_used)
+                if best is None or rank < least:
+                    best, least = kernel, rank
+        assert best is not None
         return best
 
 

@@ -166,7 +166,9 @@ def _written(session: _Gathered, histories: Mapping[str, Sequence[VariablePut]],
         instances=tuple(
             _written_instance(it, f"{where}: instance {it.ref[:60]!r}") for it in session.instances.values()
         ),
-        functions=tuple(Function(f.name, f.source, f.hash, f.lm, f.secrets) for f in session.functions.values()),
+        functions=tuple(
+            Function(f.name, f.source, f.hash, f.lm, f.secrets, f.cache) for f in session.functions.values()
+        ),
         secrets=tuple(sorted(session.secrets)),
         tools=tuple(sorted(tools)),
     )
@@ -218,6 +220,7 @@ def _written_instance(it: InstanceState, where: str) -> Instance:
         sha256=it.sha256,
         version=it.version,
         methods=it.methods,
+        cache=it.cache,
     )
 
 
@@ -386,10 +389,12 @@ def _facts(session: Session, now: float) -> list[Fact]:
             methods=instance.methods,
             version=instance.version,
             name=instance.name,
+            cache=instance.cache,
         )
         facts.append(InstancePut(id, state))
     for f in session.functions:
-        facts.append(FunctionPut(id, FunctionSource.make(f.name, f.source, lm=f.lm, secrets=f.secrets)))  # noqa: PERF401 - as above
+        function = FunctionSource.make(f.name, f.source, lm=f.lm, secrets=f.secrets, cache=f.cache)
+        facts.append(FunctionPut(id, function))
     return facts
 
 

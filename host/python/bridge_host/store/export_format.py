@@ -27,6 +27,7 @@ VERSION: Final = 1
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Seconds = Annotated[float, msgspec.Meta(description="Seconds since the epoch.")]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+CacheSeconds = Annotated[float, msgspec.Meta(gt=0, description="Seconds that a result may be given again.")]
 Tree = Annotated[
     msgspec.Raw,
     msgspec.Meta(
@@ -78,6 +79,7 @@ class Instance(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={
     sha256: Annotated[str, msgspec.Meta(description="Of a pickle's bytes, in hexadecimal.")] | None
     version: Count
     methods: tuple[str, ...]
+    cache: CacheSeconds | None = None
 
 
 class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,6 +90,7 @@ class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: Annotated[str, msgspec.Meta(description="Of the source in UTF-8, in hexadecimal.")]
     lm: Annotated[bool, msgspec.Meta(description="Whether it is run with the session's language model.")] = False
     secrets: Annotated[tuple[str, ...], msgspec.Meta(description="The session's secrets that it is run with.")] = ()
+    cache: CacheSeconds | None = None
 
 
 class LanguageModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -47,6 +47,7 @@ class InstanceState(msgspec.Struct, frozen=True, kw_only=True):
     methods: tuple[str, ...]
     version: int = 1
     name: str = ""
+    cache: float | None = None  # seconds that a call's result may be given again
 
     @property
     def size(self) -> int:

@@ -88,7 +88,13 @@ def _identity(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE functions ADD COLUMN secrets TEXT NOT NULL DEFAULT '[]'")
 
 
-STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_sessions, _journal, _identity)
+def _caching(db: sqlite3.Connection) -> None:
+    # Seconds that a result may be given again; the results themselves are in memory.
+    db.execute("ALTER TABLE functions ADD COLUMN cache REAL")
+    db.execute("ALTER TABLE instances ADD COLUMN cache REAL")
+
+
+STEPS: Final[tuple[Callable[[sqlite3.Connection], None], ...]] = (_sessions, _journal, _identity, _caching)
 """Step n takes a file of format n to format n + 1. Format 0 is empty. A step that was released is never changed."""
 
 

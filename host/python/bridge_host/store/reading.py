@@ -109,12 +109,14 @@ class _Reader:
         return self.read("types", make, (str, str, bytes), 2, "SELECT session, name, schema FROM types")
 
     def functions(self) -> Iterator[f.FunctionPut]:
-        def make(session: str, name: str, source: str, hash: str, lm: int, secrets: str) -> f.FunctionPut:
+        def make(
+            session: str, name: str, source: str, hash: str, lm: int, secrets: str, cache: float | None
+        ) -> f.FunctionPut:
             names = msgspec.json.decode(secrets, type=tuple[str, ...])
-            return f.FunctionPut(session, FunctionSource(name, source, hash, bool(lm), names))
+            return f.FunctionPut(session, FunctionSource(name, source, hash, bool(lm), names, cache))
 
-        sql = "SELECT session, name, source, hash, lm, secrets FROM functions"
-        return self.read("functions", make, (str, str, str, str, int, str), 2, sql)
+        sql = "SELECT session, name, source, hash, lm, secrets, cache FROM functions"
+        return self.read("functions", make, (str, str, str, str, int, str, _REAL_OR_NULL), 2, sql)
 
     def secrets(self) -> Iterator[f.SecretPut]:
         def make(session: str, name: str, sealed: bytes) -> f.SecretPut:
@@ -137,6 +139,7 @@ class _Reader:
             args: bytes,
             kwargs: bytes,
             state: bytes,
+            cache: float | None,
         ) -> f.InstancePut:
             instance = f.InstanceState(
                 ref=ref,
@@ -149,11 +152,15 @@ class _Reader:
                 methods=_methods(methods),
                 version=version,
                 name=name,
+                cache=cache,
             )
             return f.InstancePut(session, instance)
 
-        shape = (str, str, str, str, str, str, int, _TEXT_OR_NULL, bytes, bytes, bytes)
-        sql = "SELECT session, ref, name, class, adapter, methods, version, sha256, args, kwargs, state FROM instances"
+        shape = (str, str, str, str, str, str, int, _TEXT_OR_NULL, bytes, bytes, bytes, _REAL_OR_NULL)
+        sql = (
+            "SELECT session, ref, name, class, adapter, methods, version, sha256, args, kwargs, state, cache"
+            " FROM instances"
+        )
         return self.read("instances", make, shape, 2, sql)
 
     def commands(self, sql: str, cells: Sequence[str] = ()) -> Iterator[Journaled]:

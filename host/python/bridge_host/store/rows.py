@@ -32,11 +32,13 @@ _PUT_VARIABLE: Final = "REPLACE INTO variables (session, name, version, at, rest
 _PUT_TYPE: Final = "REPLACE INTO types (session, name, schema) VALUES (?, ?, ?)"
 _FORGET_TYPE: Final = "DELETE FROM types WHERE session = ? AND name = ?"
 _PUT_INSTANCE: Final = (
-    "REPLACE INTO instances (session, ref, name, class, adapter, methods, version, sha256, args, kwargs, state)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "REPLACE INTO instances (session, ref, name, class, adapter, methods, version, sha256, args, kwargs, state, cache)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _FORGET_INSTANCE: Final = "DELETE FROM instances WHERE session = ? AND ref = ?"
-_PUT_FUNCTION: Final = "REPLACE INTO functions (session, name, hash, lm, source, secrets) VALUES (?, ?, ?, ?, ?, ?)"
+_PUT_FUNCTION: Final = (
+    "REPLACE INTO functions (session, name, hash, lm, source, secrets, cache) VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
 _PUT_SECRET: Final = "REPLACE INTO secrets (session, name, sealed) VALUES (?, ?, ?)"
 _FORGET_SECRET: Final = "DELETE FROM secrets WHERE session = ? AND name = ?"
 _BEGIN: Final = (
@@ -137,7 +139,7 @@ def _rows_of(fact: f.Fact) -> Sequence[Row]:
             return ((_FORGET_INSTANCE, (session, ref)),)
         case f.FunctionPut(session, function):
             names = msgspec.json.encode(function.secrets).decode()
-            cells = (session, function.name, function.hash, function.lm, function.source, names)
+            cells = (session, function.name, function.hash, function.lm, function.source, names, function.cache)
             return ((_PUT_FUNCTION, cells),)
         case f.SecretPut(session, name, sealed):
             return ((_PUT_SECRET, (session, name, sealed)),)
@@ -163,7 +165,7 @@ def _rows_of(fact: f.Fact) -> Sequence[Row]:
 def _instance_row(session: str, i: f.InstanceState) -> Row:
     methods = msgspec.json.encode(i.methods).decode()
     blobs = (_packed(i.args), _packed(i.kwargs), _packed(i.state))
-    return _PUT_INSTANCE, (session, i.ref, i.name, i.cls, i.adapter, methods, i.version, i.sha256, *blobs)
+    return _PUT_INSTANCE, (session, i.ref, i.name, i.cls, i.adapter, methods, i.version, i.sha256, *blobs, i.cache)
 
 
 def _packed(value: Stored) -> bytes:

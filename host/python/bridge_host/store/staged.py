@@ -27,6 +27,8 @@ class Staged:
         self._growth: dict[str, tuple[int, int, int]] = {}  # by each write: things, bytes, names never used
         self._total = (0, 0, 0)
         self.writes: dict[str, Write] = {}
+        self.asked = False
+        """Whether the command asked for a write, be it one that was refused: what it does may depend on that."""
 
     def get(self, name: str) -> Variable:
         """Raises `NotFound`."""
@@ -56,6 +58,7 @@ class Staged:
         Raises:
             InvalidValue, QuotaExceeded, Conflict: at once, and again at the commit for what changed meanwhile.
         """
+        self.asked = True
         check_name("variable", name)
         self._state.check(name, value)
         growth = self._growth_by(name, value)
@@ -78,6 +81,7 @@ class Staged:
 
     def delete(self, name: str, if_version: int | None = None) -> None:
         """Raises `NotFound`, `Conflict`."""
+        self.asked = True
         self.get(name)
         self._stage(name, None, if_version)
 

@@ -29,6 +29,8 @@ from .types import VariableType
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from bridge_kernel.contract.telemetry import Capture
+
     from ..functions import FunctionSource
     from ..tools import Tool
     from ..values import Stored
@@ -58,6 +60,8 @@ class SessionState:
         """By idempotency key: what succeeded. Like `unfinished` for others to read only, and changed under the lock."""
         self.unfinished: dict[str, Unfinished] = {}
         """By its id, each command that was running when its host ended, or that lost its kernels."""
+        self.capture: frozenset[Capture] = frozenset()
+        """What telemetry may hold of its values: of this life only."""
         self.busy = 0  # commands that run: a session at work does not expire
         self.bytes = 0
         self.on_change: Callable[[int, list[Change]], object] | None = None
@@ -307,8 +311,8 @@ class SessionState:
                     self._check_unnamed(instance)
                 growth += instance.size - (was.size if was is not None else 0)
                 more += was is None
-                # Named meanwhile, perhaps: that is no change of its state.
-                named = instance if was is None else msgspec.structs.replace(instance, name=was.name)
+                # Named meanwhile, perhaps, or cached: that is no change of its state.
+                named = instance if was is None else msgspec.structs.replace(instance, name=was.name, cache=was.cache)
                 puts.append(InstancePut(self.id, named))
             self.check_quota(more, growth, new=new)
             if version != self.version:
@@ -420,6 +424,14 @@ class SessionState:
             self.check_quota(known is None, len(function.source) - (len(known.source) if known is not None else 0))
             return self._record(FunctionPut(self.id, function))
 
+    def cache_function(self, name: str, seconds: float | None) -> int:
+        """Seconds that a result may be given again; None: not at all. Raises `NotFound`."""
+        with self._lock:
+            known = self.functions.get(name)
+            if known is None:
+                raise self._missing("function", name, self.functions)
+            return self._record(FunctionPut(self.id, msgspec.structs.replace(known, cache=seconds)))
+
     def put_secret(self, name: str, sealed: bytes) -> int:
         with self._lock:
             self.check_quota(name not in self.secrets, 0)
@@ -475,6 +487,12 @@ class SessionState:
             named = msgspec.structs.replace(known, name=name)
             self._check_unnamed(named)
             return self._record(InstancePut(self.id, named))
+
+    def cache_instance(self, ref: str, seconds: float | None) -> int:
+        """As `cache_function`, for an instance's methods."""
+        with self._lock:
+            known = self.instance(ref)
+            return self._record(InstancePut(self.id, msgspec.structs.replace(known, cache=seconds)))
 
     def _check_unnamed(self, instance: InstanceState) -> None:
         """Raise `Conflict` if another instance has its name."""

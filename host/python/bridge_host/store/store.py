@@ -62,6 +62,8 @@ class Store:
         self.quota = quota or Quota()
         self.clock = clock
         self.on_change: Callable[[int, list[Change]], object] | None = None
+        self.on_make: Callable[[str], object] | None = None
+        """Hears of sessions that are made, under the store's lock."""
         self.on_forget: Callable[[str], object] | None = None
         """Hears of sessions that are gone, under the store's lock: before another can have that id."""
         self._ttl = ttl
@@ -141,6 +143,8 @@ class Store:
                 put = SessionPut(id, now, now, ttl if ttl is not None else self._ttl, 0, None)
                 number = self.log.append([put])
                 state = self._sessions[id] = self._make(put)
+                if self.on_make is not None:
+                    self.on_make(id)
                 return state, number
         if ttl is not None and ttl != state.ttl:
             number = state.set_ttl(ttl)

@@ -1,0 +1,1 @@
+"""Figures of what happened, as tables, plots and frames."""

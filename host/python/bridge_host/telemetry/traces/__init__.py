@@ -1,0 +1,1 @@
+"""Traces: spans put together from events, and drawn."""

@@ -1,0 +1,33 @@
+PRAGMA application_id = 1112687687;
+PRAGMA user_version = 4;
+BEGIN TRANSACTION;
+CREATE TABLE callbacks (command TEXT NOT NULL, n INTEGER NOT NULL, seq INTEGER, method TEXT NOT NULL, about TEXT NOT NULL, digest BLOB NOT NULL, request BLOB NOT NULL, reply BLOB, UNIQUE (command, n));
+INSERT INTO "callbacks" VALUES('c1',0,1,'tool.call','pay',X'6430',X'7230',X'7265706C79');
+INSERT INTO "callbacks" VALUES('c1',1,NULL,'session.get','x',X'6431',X'7231',NULL);
+CREATE TABLE commands (n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, session TEXT NOT NULL, method TEXT NOT NULL, subject TEXT NOT NULL, key TEXT, digest BLOB NOT NULL, sealed INTEGER NOT NULL, began REAL NOT NULL, attempts INTEGER NOT NULL, ending INTEGER, ended REAL, error TEXT, callbacks INTEGER NOT NULL, request BLOB NOT NULL, result BLOB);
+INSERT INTO "commands" VALUES(1,'c1','a','function.call','total',NULL,X'64',1,4.5,2,NULL,NULL,NULL,0,X'72657175657374',NULL);
+INSERT INTO "commands" VALUES(2,'c2','a','instance.call','deposit','key',X'64',0,4.75,1,NULL,5.0,'ValueError: no',2,X'',X'726573756C74');
+CREATE TABLE functions (n INTEGER PRIMARY KEY, session TEXT NOT NULL, name TEXT NOT NULL, hash TEXT NOT NULL, lm INTEGER NOT NULL, source TEXT NOT NULL, secrets TEXT NOT NULL DEFAULT '[]', cache REAL, UNIQUE (session, name));
+INSERT INTO "functions" VALUES(1,'a','total','813b854540e0ad44be9e934f7374ab1e738bbb5ac202c660ffb06745c2d849e7',1,'def total(): return 1
+','[]',NULL);
+INSERT INTO "functions" VALUES(2,'b ü','named','0165d080034203f3a75631a16a0d1f66318940e1ed3bb08e43aa2832d9203518',0,'def named(ctx): pass
+','["KEY"]',NULL);
+CREATE TABLE instances (n INTEGER PRIMARY KEY, session TEXT NOT NULL, ref TEXT NOT NULL, name TEXT NOT NULL, class TEXT NOT NULL, adapter TEXT NOT NULL, methods TEXT NOT NULL, version INTEGER NOT NULL, sha256 TEXT, args BLOB NOT NULL, kwargs BLOB NOT NULL, state BLOB NOT NULL, cache REAL, UNIQUE (session, ref));
+INSERT INTO "instances" VALUES(1,'a','i-1','main','accounts.Account','bridge','["deposit","withdraw"]',1,NULL,X'93A46C697374C4035B315D90',X'93A464696374C4107B226F776E6572223A225A6FC3AB227D90',X'93A464696374C40D7B2262616C616E6365223A317D90',NULL);
+CREATE TABLE meta (name TEXT NOT NULL PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+INSERT INTO "meta" VALUES('id','021c68e6d9620796c0656c727c798c7a');
+CREATE TABLE secrets (session TEXT NOT NULL, name TEXT NOT NULL, sealed BLOB NOT NULL, PRIMARY KEY (session, name)) WITHOUT ROWID;
+INSERT INTO "secrets" VALUES('a','KEY',X'007365616C6564');
+CREATE TABLE sessions (id TEXT NOT NULL PRIMARY KEY, created REAL NOT NULL, used REAL NOT NULL, ttl REAL, version INTEGER NOT NULL, lm TEXT) WITHOUT ROWID;
+INSERT INTO "sessions" VALUES('a',1.5,2.5,NULL,7,'{"model":"openai/gpt","api_base":null,"api_key":null,"adapter":null,"options":{"temperature":0.5}}');
+INSERT INTO "sessions" VALUES('b ü',1.0,2.0,60.0,1,NULL);
+CREATE TABLE types (session TEXT NOT NULL, name TEXT NOT NULL, schema BLOB NOT NULL, PRIMARY KEY (session, name)) WITHOUT ROWID;
+INSERT INTO "types" VALUES('a','x',X'7B2274797065223A226E756D626572227D');
+CREATE TABLE variables (n INTEGER PRIMARY KEY, session TEXT NOT NULL, name TEXT NOT NULL, version INTEGER NOT NULL, at INTEGER NOT NULL, restores INTEGER, written REAL NOT NULL, size INTEGER NOT NULL, value BLOB, UNIQUE (session, name, version));
+INSERT INTO "variables" VALUES(1,'a','gone',2,6,NULL,3.0,0,NULL);
+INSERT INTO "variables" VALUES(2,'a','x',3,7,1,4.0,39,X'93A56279746573C4277B2224627269646765223A226279746573222C22626173653634223A2241474A356447567A227D90');
+INSERT INTO "variables" VALUES(3,'b ü','y',1,1,NULL,3.0,18,X'93A464696374C4127B2261223A5B312C322E352C6E756C6C5D7D90');
+CREATE INDEX commands_of_session ON commands (session);
+CREATE INDEX commands_ended ON commands (ending) WHERE ending IS NOT NULL;
+CREATE INDEX commands_kept ON commands (n) WHERE ending IS NULL;
+COMMIT;

@@ -41,6 +41,8 @@ bench: setup
 	$(BIN)/python -m bench.latency
 	$(BIN)/python -m bench.store
 	$(BIN)/python -m bench.pool
+	$(BIN)/python -m bench.telemetry
+	$(BIN)/python -m bench.telemetry_flow
 
 clean:
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -20,7 +20,8 @@ def measured(measure: Callable[[], dict[str, Any]], show: Callable[[Any, Console
     # As Ctrl-C: contexts end what they started.
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
     try:
-        report = measure()
+        with Console(stderr=True).status("Measuring …"):
+            report = measure()
     except KeyboardInterrupt:
         return 130
     if file is not None:

@@ -118,7 +118,7 @@ def commands(told: Counter[tuple[str, ...]], tmp_path: Path) -> None:
         with host.telemetry.span("all of it"), suppress(ZeroDivisionError), host.telemetry.span("a part"):
             session.call("work", 1)
             raise ZeroDivisionError
-        host.telemetry.emit(("bridge", "user", "mine"), {}, {})
+        host.telemetry.tell(("bridge", "user", "mine"), {}, {})
         for failing in (
             lambda: session.call("fail"),
             lambda: session.create("fractions.Fraction", 1, 0),

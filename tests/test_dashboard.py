@@ -29,7 +29,7 @@ from rich.console import Console
 from bridge_host import AsyncHost, Host
 from bridge_host.pool.kernel import KernelStatus, PoolStatus
 from bridge_host.telemetry.page import broadcast
-from bridge_host.telemetry.page.broadcast import Broadcast, Ended, Watching, find_hosts
+from bridge_host.telemetry.page.broadcast import Broadcast, Ended, FoundHost, Watching, find_hosts
 from bridge_host.telemetry.page.dashboard import Dashboard
 from bridge_host.telemetry.page.snapshot import (
     CircuitView,
@@ -50,7 +50,6 @@ from snapshots import snapshot
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
-    from bridge_host import Session
 
 OF_COMMAND = ("command", "session", "command_id", "trace_id", "span_id", "parent_span_id")
 ESCAPES = "\x1b[31mred\x1b]0;title\x07\r\n\u202eback"
@@ -68,11 +67,14 @@ def in_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 
 
 @pytest.fixture(scope="module")
-def host(shared_host: Host) -> Host:
-    return shared_host
+def host() -> Iterator[Host]:
+    """Of its own: what others do with theirs would be in its figures."""
+    with Host(kernels=2) as host:
+        yield host
 
 
-def test_a_snapshot_says_what_the_host_has_and_does(host: Host, session: Session) -> None:
+def test_a_snapshot_says_what_the_host_has_and_does(host: Host) -> None:
+    session = host.session()
     before = host.telemetry.snapshots.take()
     assert session.call("math.hypot", 3, 4) == 5
     with pytest.raises(BridgeError):
@@ -137,7 +139,7 @@ def test_what_is_held_back_is_said_until_it_may_run_again_or_its_kernel_ends() -
 
     def breaker(state: str, kernel: str) -> None:
         numbers = {"failures": 3, "cooldown": 10**10}
-        telemetry.emit(
+        telemetry.tell(
             ("bridge", "pool", "breaker", state), numbers, {"subject": "f", "kernel": kernel, "reason": "died"}
         )
 
@@ -148,7 +150,7 @@ def test_what_is_held_back_is_said_until_it_may_run_again_or_its_kernel_ends() -
     assert taken.health == "degraded"
     assert taken.summary.endswith("2 commands held back.")
     breaker("close", "")
-    telemetry.emit(
+    telemetry.tell(
         ("bridge", "kernel", "stop"),
         {"duration": 1, "system_time": 1, "lost": 0},
         {"kernel": "k1", "pid": 1, "expected": True, "reason": "scale"},
@@ -162,12 +164,12 @@ def test_a_snapshot_stays_small_and_printable_whatever_is_in_it() -> None:
     telemetry.snapshots.opened(lambda: status(*states, wanted=300))
     for n in range(100):
         name = f"{n}{ESCAPES}" + "x" * 5000
-        telemetry.emit(
+        telemetry.tell(
             ("bridge", "command", "exception"),
             {"duration": 10**6, "attempts": 1},
             {**dict.fromkeys(OF_COMMAND, "x"), "subject": name, "error": name},
         )
-        telemetry.emit(
+        telemetry.tell(
             ("bridge", "pool", "breaker", "open"),
             {"failures": 3, "cooldown": 1},
             {"subject": name, "kernel": name, "reason": "died"},
@@ -464,6 +466,40 @@ def test_top_wants_to_know_which_of_several_hosts(
         assert f"process {os.getpid()}" in capsys.readouterr().out
 
 
+def test_top_puts_together_a_snapshot_that_comes_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="bt", dir="/tmp") as directory:
+        path = Path(directory) / "top.sock"
+        line = msgspec.json.encode(snapshot()) + b"\n"
+        first_read = threading.Event()
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(path))
+            listening.listen()
+
+            def serve_it() -> None:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.sendall(line[:100])
+                    first_read.wait(10)
+                    connection.sendall(line[100:])
+
+            read = Watching.read
+
+            def told(watching: Watching) -> list[Snapshot | Ended]:
+                said = read(watching)
+                first_read.set()
+                return said
+
+            monkeypatch.setattr(Watching, "read", told)
+            monkeypatch.setattr("bridge_host.telemetry.page.top.find_hosts", lambda: [FoundHost(1, 0, 0, "", path)])
+            thread = threading.Thread(target=serve_it)
+            thread.start()
+            assert run_top(None, once=False, as_json=True, only_list=False) == 0
+            thread.join()
+    assert json.loads(capsys.readouterr().out)["kind"] == "snapshot"
+
+
 def test_top_says_what_to_do_if_there_is_no_host(runtime: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_top(None, once=False, as_json=False, only_list=False) == 1
     said = capsys.readouterr()
@@ -516,16 +552,19 @@ class Terminal:
         os.close(self._ours)
 
 
-def test_top_is_live_in_a_terminal_until_q_or_ctrl_c(elsewhere: tuple[subprocess.Popen[str], str]) -> None:
-    with Terminal(elsewhere[1]) as first, Terminal(elsewhere[1]) as second:
-        for terminal in (first, second):
+def test_top_is_live_in_a_terminal_until_q_or_ctrl_c_or_it_is_ended(
+    elsewhere: tuple[subprocess.Popen[str], str],
+) -> None:
+    with Terminal(elsewhere[1]) as first, Terminal(elsewhere[1]) as second, Terminal(elsewhere[1]) as third:
+        for terminal in (first, second, third):
             eventually(lambda: terminal.shown.count("math.hypot") >= 2, "the page is drawn again", 30)  # noqa: B023
             assert "q quits" in terminal.shown
             assert "\x1b[?1049h" in terminal.shown, "the whole screen"
         first.type(b"q")
         second.process.send_signal(signal.SIGINT)
-        for terminal in (first, second):
-            assert terminal.process.wait(10) == 0
+        third.process.send_signal(signal.SIGTERM)
+        for terminal, code in ((first, 0), (second, 0), (third, 128 + signal.SIGTERM)):
+            assert terminal.process.wait(10) == code
             eventually(lambda: "\x1b[?1049l" in terminal.shown, "the screen is given back")  # noqa: B023
             assert "Traceback" not in terminal.shown
 
@@ -661,6 +700,11 @@ def test_the_widget_ends_with_its_host_and_says_so() -> None:
     eventually(lambda: dashboard.snapshot["health"] == "closed", "the page says that the host is closed")
     eventually(lambda: not threads(), "its thread has ended")
     dashboard.close()
+    late = host.telemetry.dashboard()
+    late._repr_mimebundle_()
+    assert late.snapshot["health"] == "closed"
+    assert not threads(), "there is nothing to wait for"
+    late.close()
 
 
 def test_the_widgets_thread_ends_when_it_is_closed(telemetry: Telemetry) -> None:
@@ -706,3 +750,12 @@ def test_a_snapshots_source_forgets_who_does_not_want_to_hear_of_the_end() -> No
     snapshots.closed()
     snapshots.closed()
     assert told == ["second"]
+
+
+def test_a_host_of_which_many_commands_fail_is_not_all_well(lonely_host: Host) -> None:
+    session = lonely_host.session()
+    for _ in range(5):
+        with contextlib.suppress(BridgeError):
+            session.call("math.sqrt", -1)
+    taken = lonely_host.telemetry.snapshots.take()
+    assert (taken.health, taken.summary) == ("degraded", "1 kernel ready; many commands fail.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -19,6 +20,7 @@ from opentelemetry import trace as trace_api
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
+from bridge_host import Host
 from bridge_host.telemetry import Telemetry
 from bridge_host.telemetry.export.feed import Feed
 from bridge_host.telemetry.export.jsonl import JsonLines
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from bridge_host import Host, Session
+    from bridge_host import Session
 
 TRACE, ROOT, CHILD = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331", "00f067aa0ba902b7"
 USER = ("bridge", "user", "noted")
@@ -119,7 +121,7 @@ def test_each_event_of_a_command_is_a_line_of_the_file(session: Session, shared_
 def test_a_file_has_only_the_events_that_were_asked_for(telemetry: Telemetry, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with telemetry.to_file(path, "bridge.user"):
-        telemetry.emit(USER, {}, {"n": 1})
+        telemetry.tell(USER, {}, {"n": 1})
         command(telemetry, "answer", 1)
     assert [line["metadata"] for line in read(path)] == [{"n": 1}]
 
@@ -128,7 +130,7 @@ def test_a_file_is_rotated_by_its_size_and_one_old_one_is_kept(telemetry: Teleme
     path = tmp_path / "events.jsonl"
     with JsonLines(telemetry, path, max_bytes=1000) as lines:
         for n in range(100):
-            telemetry.emit(USER, {}, {"n": n})
+            telemetry.tell(USER, {}, {"n": n})
         lines.flush()
     both = read(tmp_path / "events.jsonl.1") + read(path)
     assert [line["metadata"]["n"] for line in both] == list(range(100 - len(both), 100))
@@ -144,7 +146,7 @@ def test_what_is_in_a_file_already_stays_and_a_line_that_was_cut_off_spoils_no_o
     path = tmp_path / "events.jsonl"
     path.write_text('{"name": ["old"]}\n{"name": ["cut')
     with telemetry.to_file(path):
-        telemetry.emit(USER, {}, {"n": 1})
+        telemetry.tell(USER, {}, {"n": 1})
     lines = path.read_text().splitlines()
     assert lines[:2] == ['{"name": ["old"]}', '{"name": ["cut']
     assert json.loads(lines[2])["metadata"] == {"n": 1}
@@ -157,18 +159,18 @@ def test_a_directory_that_is_removed_is_warned_of_once_and_what_is_lost_is_count
     path.parent.mkdir()
     lines = telemetry.to_file(path)
     lines._again_at = 0.0
-    telemetry.emit(USER, {}, {"n": 1})
+    telemetry.tell(USER, {}, {"n": 1})
     assert lines.flush()
     shutil.rmtree(path.parent)
     with pytest.warns(UserWarning, match="cannot be written") as warned:
         for n in (2, 3):
-            telemetry.emit(USER, {}, {"n": n})
+            telemetry.tell(USER, {}, {"n": n})
             assert lines.flush()
     assert len(warned) == 1
     assert lines.dropped == 2
     path.parent.mkdir()
     lines._again_at = 0.0  # as if a second had passed
-    telemetry.emit(USER, {}, {"n": 4})
+    telemetry.tell(USER, {}, {"n": 4})
     telemetry.close()
     (line,) = read(path)
     assert (line["metadata"], line["dropped"]) == ({"n": 4}, 2)
@@ -206,9 +208,33 @@ def test_a_file_that_cannot_be_opened_is_said_at_once(telemetry: Telemetry, tmp_
 def test_an_event_that_json_cannot_carry_is_a_line_all_the_same(telemetry: Telemetry, tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with telemetry.to_file(path):
-        telemetry.emit(USER, {}, {"half": "\ud800", "odd": {1: 2}})  # type: ignore[dict-item]
-        telemetry.emit(USER, {}, {"n": 1})
+        telemetry.tell(USER, {}, {"half": "\ud800", "odd": {1: 2}})  # type: ignore[dict-item]
+        telemetry.tell(USER, {}, {"n": 1})
     assert [line["metadata"] for line in read(path)] == [{"half": "\ud800", "odd": "{1: 2}"}, {"n": 1}]
+
+
+def test_a_number_that_json_has_no_word_for_spoils_no_other_line(telemetry: Telemetry, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with telemetry.to_file(path) as file:
+        telemetry.tell(USER, {"n": math.nan, "m": 2**70}, {"half": "\ud800"})
+        telemetry.tell(USER, {"n": 10**5000}, {})
+        telemetry.tell(USER, {"n": 1}, {})
+    assert file.dropped == 0
+    odd, large, plain = [line["measurements"] for line in read(path)]
+    assert odd == {"n": None, "m": "an integer of 71 bits"}
+    assert (large, plain) == ({"n": "an integer of 16610 bits"}, {"n": 1})
+
+
+def test_only_a_file_is_rotated_and_no_device(telemetry: Telemetry, tmp_path: Path) -> None:
+    path = tmp_path / "pipe"  # as /dev/null, which must stay where it is, and which a test must not risk
+    os.mkfifo(path)
+    with telemetry.to_file(path, max_bytes=100) as file, open(path, "rb", buffering=0) as pipe:
+        for number in range(10):
+            telemetry.tell(USER, {"n": number}, {})
+        assert file.flush()
+        lines = pipe.read(65536).splitlines()
+    assert [json.loads(line)["measurements"]["n"] for line in lines] == list(range(10))
+    assert os.listdir(tmp_path) == ["pipe"]
 
 
 def test_a_feed_that_is_full_counts_what_it_drops_and_never_waits() -> None:
@@ -351,6 +377,55 @@ def test_what_opentelemetry_cannot_carry_spoils_no_batch(collector: Collector, t
     assert len(attributes["bridge.long"]) == 8192
     assert (asked.status.message, collector.logs[0].body.string_value) == ("\\udfff", "\\ud800 failed: \\udfff")
     assert collector.points("bridge.errors") == [({"bridge.subject": "\\ud800", "error.type": "\\udfff"}, 1)]
+
+
+def test_an_event_of_the_users_own_ends_no_span_whatever_it_is_called(
+    collector: Collector, telemetry: Telemetry
+) -> None:
+    with telemetry.otel(collector.endpoint):
+        telemetry.tell(("bridge", "execution", "start"), {"system_time": 1_000_000}, execution())
+        telemetry.tell(("bridge", "user", "start"), {}, execution())
+        telemetry.tell(("bridge", "user", "stop"), {"duration": 5}, execution())
+        telemetry.tell(
+            ("bridge", "execution", "stop"), {"duration": 9}, {**execution(), "success": True, "error": None}
+        )
+    (span,) = collector.spans
+    assert (span.name, span.start_time_unix_nano) == ("bridge.execution answer", 1_000_000)
+    assert [event.name for event in span.events] == ["bridge.user.start", "bridge.user.stop"]
+
+
+@pytest.mark.parametrize(("started", "duration"), [(-5, 5), (5, -50), (5, 2**70), (2**70, 5), (5, math.inf)], ids=str)
+def test_a_time_that_cannot_be_spoils_no_batch(
+    started: int, duration: float, collector: Collector, telemetry: Telemetry
+) -> None:
+    span = {**execution(span="1" * 16), "name": "odd"}
+    with telemetry.otel(collector.endpoint) as exporter:
+        telemetry.tell(("bridge", "span", "start"), {"system_time": started}, span)
+        telemetry.tell(("bridge", "span", "stop"), {"duration": duration}, span)
+        command(telemetry, "answer", 1)
+    assert "bridge.command answer" in [one.name for one in collector.spans]
+    assert len(collector.spans) + exporter.dropped == 2
+
+
+def test_a_prompt_that_is_nested_too_deep_to_be_read_is_one_text(collector: Collector, telemetry: Telemetry) -> None:
+    said_of_it = {**execution(span="1" * 16), "model": "m"}
+    with telemetry.otel(collector.endpoint):
+        telemetry.tell(("bridge", "dspy", "lm", "start"), {"system_time": 1}, {**said_of_it, "prompt": "[" * 4000})
+        telemetry.tell(("bridge", "dspy", "lm", "stop"), {"duration": 1}, said_of_it)
+    (message,) = json.loads(said(collector.spans[0].attributes)["gen_ai.input.messages"])
+    assert message["parts"] == [{"type": "text", "content": "[" * 4000}]
+
+
+def test_what_was_dropped_is_not_taken_to_run_or_to_live_for_ever(collector: Collector, telemetry: Telemetry) -> None:
+    with telemetry.otel(collector.endpoint, interval_s=60) as exporter:
+        begun = {**execution(), "command_id": "1"}
+        kernel = Event(("bridge", "kernel", "start"), {"duration": 1, "system_time": 1}, {"kernel": "k", "pid": 1})
+        exporter._take([(1, Event(("bridge", "command", "start"), {"system_time": 1}, begun)), (1, kernel)], 0)
+        assert exporter.flush()
+        assert [collector.points(f"bridge.{what}") for what in ("in_flight", "kernels")] == [[({}, 1)]] * 2
+        exporter._take([], 3)
+        assert exporter.flush()
+        assert [collector.points(f"bridge.{what}") for what in ("in_flight", "kernels")] == [[({}, 0)]] * 2
 
 
 def test_a_models_call_is_told_as_the_genai_conventions_want_it(collector: Collector, telemetry: Telemetry) -> None:
@@ -515,6 +590,21 @@ def test_the_metrics_sum_what_happened(collector: Collector, telemetry: Telemetr
     assert not any(b"session" in body for body in collector.bodies)
 
 
+def test_commands_that_are_not_sampled_are_counted_all_the_same(
+    collector: Collector, shared_host: Host, session: Session
+) -> None:
+    with shared_host.telemetry.otel(collector.endpoint, interval_s=60) as exporter:
+        shared_host.telemetry.sampling = 0
+        try:
+            session.call("math.hypot", 3, 4)
+        finally:
+            shared_host.telemetry.sampling = 1
+        assert exporter.flush()
+    assert ({"bridge.subject": "math.hypot", "bridge.outcome": "ok"}, 1) in collector.points("bridge.commands")
+    assert not [span for span in collector.spans if "math.hypot" in span.name]
+    assert not shared_host.telemetry.counting
+
+
 def test_kernels_that_were_there_before_the_export_are_counted(shared_host: Host, collector: Collector) -> None:
     with shared_host.telemetry.otel(collector.endpoint, traces=False, logs=False):
         pass
@@ -579,7 +669,7 @@ def test_what_goes_wrong_with_kernels_and_handlers_is_logged(collector: Collecto
         emit(telemetry, "bridge.pool.recycle", {"completed": 1, "age": 1, "rss": 1}, worn)
         telemetry.attach("bridge.user", lambda event: 1 / 0, id="mine")
         with pytest.warns(UserWarning, match="was detached"):
-            telemetry.emit(USER, {}, {})
+            telemetry.tell(USER, {}, {})
     assert [(record.severity_text, record.body.string_value) for record in collector.logs] == [
         ("ERROR", "kernel k3 died: signal 9"),
         ("ERROR", "answer is held back: 5 failures"),
@@ -720,3 +810,18 @@ def test_the_hosts_own_tracer_is_left_alone(telemetry: Telemetry, collector: Col
     before = trace_api.get_tracer_provider()
     with telemetry.otel(collector.endpoint):
         assert trace_api.get_tracer_provider() is before
+
+
+def test_a_host_that_closes_sends_all_that_has_happened_first(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with Host(live=False) as host:
+        for _ in range(20):
+            with host.telemetry.to_file(tmp_path / "other.jsonl"):
+                pass
+        host.telemetry.to_file(path)
+        assert len(host.telemetry._exporters) == 1, "what was closed is let go"
+        session = host.session()
+        for number in range(5):
+            session.call("math.sqrt", number)
+    names = [".".join(json.loads(line)["name"]) for line in path.read_text().splitlines()]
+    assert names.count("bridge.execution.stop") == names.count("bridge.command.stop") == 5

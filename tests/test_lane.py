@@ -18,11 +18,13 @@ import zmq
 from bridge_kernel.contract import openrpc
 from bridge_kernel.contract.errors import Conflict, NotFound
 from bridge_kernel.contract.frames import DELIMITER, comm_message
+from bridge_kernel.contract.line import Line
 from bridge_kernel.contract.messages import Failure, Request, Success, encode_request
 from bridge_kernel.contract.methods import COMMANDS
-from bridge_kernel.contract.telemetry import TELEMETRY_MIME
+from bridge_kernel.contract.telemetry import TELEMETRY_MIME, Trace, display_id
 from bridge_kernel.output import Output
 from bridge_kernel.sockets import Iopub
+from bridge_kernel.telemetry import Recorder, together
 from wire import Kernel, Wire, kernel_command, source, write_connection_file
 
 if TYPE_CHECKING:
@@ -1548,6 +1550,149 @@ def test_telemetry_that_json_cannot_carry_harms_neither_its_command_nor_the_kern
     quick = host.call(f"def f(ctx):\n try: {said}\n except Exception: pass\n return 1")
     assert host.reply(quick, timeout_s=3).value == 1
     host.until_idle(timeout_s=3)
+
+
+def test_what_events_say_of_their_command_no_code_of_it_can_change(host: Wire) -> None:
+    code = """
+        def f(ctx):
+            forged = {"session": "other", "trace_id": "0", "span_id": "0", "kernel": "rbf"}
+            ctx.emit("seen", {"session": "no number"}, **forged)
+            with ctx.span("part", **forged) as said:
+                said.update(forged, name=5, parent_span_id=None)
+    """
+    command = host.call(code, session="own")
+    assert host.reply(command).error is None
+    first, *events, _ = host.events(command)
+    seen, started, stopped = [event["metadata"] for event in events]
+    for metadata in (seen, started, stopped):
+        for name in ("session", "kernel", "trace_id", "subject"):
+            assert metadata[name] == first["metadata"][name]
+        assert metadata["user.kernel"] == "rbf"
+    assert seen["span_id"] == first["metadata"]["span_id"]
+    assert started["span_id"] == stopped["span_id"] not in ("0", first["metadata"]["span_id"])
+    assert stopped["parent_span_id"] == first["metadata"]["span_id"]
+    assert stopped["name"] == "part"
+
+
+def test_large_texts_in_events_are_clipped_and_a_display_of_them_stays_small(host: Wire) -> None:
+    code = """
+        def f(ctx):
+            for n in range(900):
+                ctx.emit("n" * 10_000, {"m" * 10_000: 1}, **{"k" * 10_000: "v" * 1_000_000})
+            ctx.progress(1, 2, "p" * 1_000_000)
+            with ctx.span("s" * 1_000_000):
+                pass
+            try:
+                ctx.get_variable("x" * 1_000_000)
+            except Exception:
+                pass
+    """
+    host.answers["session.get"] = lambda params: {"value": 1, "version": 1}
+    command = host.call(code)
+    assert host.reply(command).error is None
+    events = host.events(command)
+    assert events[-1]["name"] == ["bridge", "execution", "stop"]
+    texts = [text for event in events for text in (*event["name"], *event["metadata"], *event["metadata"].values())]
+    assert max(len(text) for text in texts if isinstance(text, str)) == 4096
+    shown = [m for m in host.received if m.kind.endswith("display_data")]
+    assert max(len(m.raw) for m in shown) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "ctx.emit('seen', {'n': Bad()})",
+        "ctx.emit('seen', what=Bad())",
+        "ctx.emit(Bad())",
+        "ctx.progress(1, 2, Bad())",
+        "ctx.progress(1, 2, '\\udc80')",
+        "ctx.progress(float('nan'), Bad())",
+        "ctx.span('part', what=Bad()).__enter__()",
+    ],
+)
+def test_telling_of_a_value_breaks_no_command_whatever_the_value_does(host: Wire, said: str) -> None:
+    code = f"""
+        class Bad:
+            def __str__(self): raise RuntimeError
+            def __float__(self): raise RuntimeError
+
+        def f(ctx):
+            {said}
+            return 1
+    """
+    assert host.run(code).value == 1
+
+
+def recorder(
+    command: int, *, sampled: bool = True, shown: bool = False, flood: int = 0
+) -> tuple[Recorder, list[dict[str, Any]]]:
+    """That of a command that has ended, and the displays that it publishes."""
+    published: list[dict[str, Any]] = []
+    made = Recorder(
+        command,
+        "f",
+        {"kernel": "k"},
+        Trace("a" * 32, "b" * 16, None, sampled),
+        lambda kind, content: published.append(json.loads(content)),
+        display_id("x", command),
+    )
+    made.start({})
+    if shown:
+        made.publish()
+    for _ in range(flood):
+        made.emit(("bridge", "user", "seen"), {}, {})
+    made.stop(error=None, queue=0, bytes_in=0, bytes_out=0, where="", captured={})
+    if flood:
+        made.publish()
+    return made, published
+
+
+def test_a_flood_of_events_leaves_room_for_the_end_and_is_counted() -> None:
+    _, published = recorder(1, flood=3000)
+    (batch,) = [batch for shown in published for batch in shown["data"][TELEMETRY_MIME]]
+    assert batch["events"][-1]["name"] == ["bridge", "execution", "stop"]
+    assert len(batch["events"]) + batch["dropped"] == 3002
+
+
+def test_a_display_of_several_commands_is_of_those_of_which_nothing_was_shown_before() -> None:
+    known, before = recorder(1, shown=True)
+    silent, nothing = recorder(2, sampled=False)
+    fresh, alone = recorder(3)
+    assert together([known, silent, fresh], "x") is None, "one alone has its own display: its host waits for that"
+    other, own = recorder(4)
+    content = together([known, silent, fresh, other], "x")
+    assert content is not None
+    shown = json.loads(content)
+    assert [batch["command"] for batch in shown["data"][TELEMETRY_MIME]] == [3, 4]
+    assert shown["data"]["text/plain"].startswith("2 commands")
+    for one in (known, silent, fresh, other):
+        one.publish()
+    assert (len(before), nothing, alone, own) == (2, [], [], [])
+
+
+def test_what_is_recorded_while_events_are_taken_is_not_lost() -> None:
+    made, published = recorder(1, shown=True)
+
+    class Finalized(list[Any]):
+        """What is there is read, and then something is recorded, as a finalizer may."""
+
+        def __iter__(self) -> Iterator[Any]:
+            yield from super().__iter__()
+            made.record(("bridge", "user", "late"), {}, {})
+
+    made._end = None
+    made._events = Finalized(made._events)  # type: ignore[assignment]
+    made.publish()
+    made.publish()
+    names = [event["name"] for shown in published for b in shown["data"][TELEMETRY_MIME] for event in b["events"]]
+    assert names[-1] == ["bridge", "user", "late"]
+
+
+def test_a_line_is_one_line_that_moves_no_cursor() -> None:
+    line = Line("f\r\ng", 1, message="half\n\x1b[2Jdone", done=1, error="a\nb\x1b[1m")
+    assert line.text().isprintable()
+    assert "\x1b" not in line.html()
+    assert "half [2Jdone" in line.text()
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
 import os
 import pty
 import re
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import nbformat
@@ -16,8 +20,12 @@ from jupyter_client.manager import AsyncKernelManager, KernelManager
 from nbclient import NotebookClient
 
 from bridge_host import AsyncHost, Host
+from bridge_host.live.live import Live
+from bridge_host.live.notebook import OWN, Notebook
 from bridge_host.live.terminal import Terminal
+from bridge_host.live.told import Told as RealTold
 from bridge_kernel.contract.line import Line, Summary
+from bridge_kernel.contract.telemetry import Event, EventBatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +79,63 @@ def test_a_summary_says_what_many_commands_did() -> None:
     summary = Summary(498, 2, p50=2_100_000, p95=9_000_000, tokens=12_345)
     assert summary.text() == "500 commands · 498 ✓ · 2 ✗ · p50 2.1 ms · p95 9.0 ms · 12,345 tokens"
     assert Summary(0, 0, 3).text() == "3 commands · ⠋ 3 running"
+
+
+def told_of(subject: str, began: int = 0, id: str = "id") -> RealTold:
+    """A command that runs, without a kernel."""
+    running = SimpleNamespace(
+        id=id, subject=subject, began=began, tried=began, parent=None, client=None, journal=(), attempt=1
+    )
+    return RealTold(running)  # type: ignore[arg-type]
+
+
+def test_what_a_command_says_of_itself_is_one_line_without_escape_sequences() -> None:
+    told = told_of("f\x1b[2J")
+    said = Event(("bridge", "execution", "progress"), {"done": 1}, {"message": "first\nsecond\r\x9b5A"})
+    told.take(EventBatch(command=1, settled=False, metadata={}, events=(said,)), nested=False)
+    assert told.line(0).subject == "f [2J"
+    assert told.line(0).message == "first second  5A"
+
+
+def test_who_looks_on_and_raises_does_so_once_and_to_the_command_that_runs() -> None:
+    class Broken:
+        lock = threading.RLock()
+        pause = 0.0
+        asked = 0
+
+        def __init__(self) -> None:
+            self.abandoned = asyncio.Event()
+
+        def begin(self, told: object) -> bool:
+            return True
+
+        def waits_for(self, told: object) -> bool:
+            return False
+
+        def tick(self, now: int) -> float | None:
+            self.asked += 1
+            raise RuntimeError("no display")
+
+        def abandon(self) -> None:
+            self.abandoned.set()
+
+    async def look() -> None:
+        complaints: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        place: Any = Broken()
+        live = Live(place, lambda: None)
+        running: Any = told_of("f")._running
+        live.begin(running)
+        async with asyncio.timeout(10):
+            await place.abandoned.wait()
+        with pytest.raises(RuntimeError, match="no display"):
+            live.end(running, None)
+        with pytest.raises(RuntimeError, match="no display"):
+            live.begin(running)
+        live.close()
+        assert (place.asked, complaints) == (1, [])
+
+    asyncio.run(look())
 
 
 # -- in a notebook ---------------------------------------------------------------------------------------------------
@@ -262,6 +327,26 @@ def test_submitted_commands_settle_in_their_own_cell_where_lines_are_updated(ker
     kernel.start("go.set()", CELL)
     read(lambda: all("running" not in texts[-1] and "✓" in texts[-1] for texts in shown.values()))
     assert settled(list(shown.values())[-1][-1]) == "7 commands · 7 ✓ · p50 … · p95 …"
+
+
+@pytest.mark.parametrize(("metadata", "displays"), [(CELL, OWN + 1), (NONE, OWN + 8)])
+def test_what_a_cell_has_left_behind_may_send_commands_for_days(metadata: dict[str, str], displays: int) -> None:
+    published: list[bool] = []
+    parent = {"header": {"msg_type": "execute_request", "msg_id": "cell"}, "content": {}, "metadata": metadata}
+    shell = SimpleNamespace(
+        events=SimpleNamespace(register=lambda *_: None),
+        kernel=SimpleNamespace(get_parent=lambda _: parent),
+        display_pub=SimpleNamespace(pub_socket=None, publish=lambda *_, update, **__: published.append(update)),
+    )
+    notebook = Notebook(shell, lambda: None, clock=lambda: 0)
+    notebook._ran()
+    for number in range(1000):
+        told, now = told_of("f", number * 10 * S, str(number)), number * 10 * S
+        assert notebook.begin(told)
+        notebook.end(told, None, now + MS)
+        for after in range(6):
+            notebook.tick(now + after * S)
+    assert published.count(False) == displays
 
 
 def test_awaited_commands_have_their_lines_too(kernel: Cells) -> None:
@@ -460,6 +545,88 @@ def test_nothing_is_written_over_a_prompt_at_which_somebody_types(monkeypatch: p
     assert screen.lines == [""]
     terminal.end(told, None, 2 * S)  # type: ignore[arg-type]
     assert screen.lines == [""]
+
+
+def test_two_hosts_on_one_screen_and_who_redirects_leave_the_streams_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen = the_screen(monkeypatch)
+    one, other = Terminal(), Terminal()
+    for _ in range(3):
+        first, second = Told("first"), Told("second")
+        begin(one, first)
+        begin(other, second)
+        one.tick(1100 * MS)
+        other.tick(1100 * MS)
+        assert Terminal()._out is screen, "what is made meanwhile does not write through the others"
+        one.end(first, None, 2 * S)  # type: ignore[arg-type]
+        kept = sys.stdout
+        with contextlib.redirect_stdout(io.StringIO()):
+            other.end(second, None, 2 * S)  # type: ignore[arg-type]
+        print("printed")
+        assert kept.write("by who has kept it\n")
+        begin(one, third := Told("third"))
+        one.tick(1100 * MS)
+        one.end(third, None, 1500 * MS)  # type: ignore[arg-type]
+        assert sys.stdout is sys.stderr is screen
+    assert screen.lines.count("printed") == screen.lines.count("by who has kept it") == 3
+
+
+def test_who_asks_at_the_terminal_is_not_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = the_screen(monkeypatch)
+    monkeypatch.setattr(screen, "fileno", lambda: 1, raising=False)
+    terminal = Terminal()
+    begin(terminal, Told("f"))
+    terminal.tick(1100 * MS)
+    sys.stdout.fileno()  # as `input()` does before it has its prompt written by C
+    screen.write("name: ")
+    terminal.tick(1200 * MS)
+    assert screen.lines[-1] == "name:"
+    print()
+    terminal.tick(1300 * MS)
+    assert screen.lines[-1] == "⠸ f  1.3 s · kernel abcd"
+    terminal.close(2 * S)
+
+
+def test_the_end_of_one_of_many_commands_does_not_look_at_all_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = 0
+
+    class Looked(Told):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal looked
+            looked += name == "began"
+            return super().__getattribute__(name)
+
+    the_screen(monkeypatch)
+    terminal, told = Terminal(), [Looked(f"f{n}") for n in range(300)]
+    begin(terminal, *told)
+    for one in told:
+        terminal.end(one, None, 500 * MS)  # type: ignore[arg-type]
+    assert looked <= 3 * len(told)
+
+
+FORKS = """
+import os, threading
+from bridge_host.live.terminal import Terminal
+terminal = Terminal()
+held, go = threading.Event(), threading.Event()
+def draw():
+    with terminal.lock:
+        held.set()
+        go.wait()
+threading.Thread(target=draw).start()
+held.wait()
+os.register_at_fork(before=go.set)
+child = os.fork()
+if not child:
+    os._exit(not terminal.lock.acquire(timeout=5))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_fork_made_while_a_line_is_drawn_can_print() -> None:
+    ran = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, check=True, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
 
 
 SCRIPT = """

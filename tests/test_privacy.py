@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,13 @@ import pytest
 
 from bridge_host import BridgeError, Host, Telemetry
 from bridge_host.telemetry.intake import Intake
+from bridge_kernel.contract.secrets import forms_of, without_secrets
 from bridge_kernel.contract.telemetry import CAPTURES
 from otlp_collector import Collector
 from scripted_lm import Refused, ScriptedLM, fields
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 TOKEN = 'sk-planted/"1\n+end'
@@ -156,6 +159,7 @@ def _plant(host: Host, channels: Channels, *, captured: bool) -> None:
     with pytest.raises(BridgeError) as error:
         session.call("leak", GIVEN, True)
     channels.hear("errors that are raised", error.value, *error.value.__notes__)
+    host.telemetry.sync()  # what has been told so far is under its own name
     # The host knows that it is one, the kernel does not: it is sent as any other value, and told of as such.
     channels.displays = UNKNOWING
     assert session.call("builtins.str", TOKEN) == TOKEN
@@ -230,3 +234,57 @@ def test_a_session_that_is_opened_again_captures_nothing(tmp_path: Path) -> None
 
 def test_telemetry_of_no_host_redacts_nothing_and_breaks_nothing() -> None:
     assert Telemetry().intake.secrets_of("a session") == ()
+
+
+def test_no_part_of_a_secret_is_left_where_a_name_or_a_text_is_cut() -> None:
+    cut = """
+        def cut(ctx):
+            import dspy
+            token = ctx.secret("TOKEN")
+            for length in (198, 4094):
+                ctx.emit("n" * length + token, {}, **{"k" * length + token: "v" * length + token})
+                ctx.progress(1, 2, "m" * length + token)
+                with ctx.span("s" * length + token):
+                    pass
+                try:
+                    ctx.get_variable("x" * length + token)
+                except Exception:
+                    pass
+            named = dspy.Tool(lambda x: x, name="t" * 198 + token, args={"x": {"type": "integer"}})
+            return named(x=1)
+    """
+    with Host(live=False) as host:
+        session = host.session()
+        session.secrets["TOKEN"] = "sk-planted-at-the-cut"
+        session.function("cut", textwrap.dedent(cut), secrets=["TOKEN"], lm=True)
+        session.lm("openai/nobody", api_key=KEY)
+        session.call("cut")
+        told = "".join(map(str, host.telemetry.events()))
+    assert told.count("dspy") >= 2
+    assert "sk" not in told.replace("task", "")
+
+
+def test_a_secret_that_its_kernel_did_not_know_is_starred_out_of_all_that_the_host_hears() -> None:
+    said = """
+        def said(ctx, given):
+            ctx.emit(given, {given: 1}, **{given: given})
+            ctx.progress(1, 2, given)
+            with ctx.span(given):
+                import time; time.sleep(0.3)  # until the line has been shown
+    """
+    batches: list[Any] = []
+    with Host(live=False) as host:
+        session = host.session()
+        session.secrets["TOKEN"] = TOKEN
+        session.function("said", textwrap.dedent(said))
+        host.telemetry.intake.on_batch = lambda id, batch: batches.append(batch)
+        session.call("said", TOKEN)
+        told = [*map(str, host.telemetry.events()), *host.telemetry.lines(), *map(str, batches)]
+    assert any("***" in text for text in told)
+    assert not [text for text in told if "sk-planted" in text]
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr, lambda text: json.dumps(text, ensure_ascii=False)])
+def test_a_secret_is_found_in_a_text_within_a_text(write: Callable[[Any], str]) -> None:
+    secret = 'ein "Schlüssel"\nmit\\allem'
+    assert without_secrets(write({"a": write({"b": secret})}), forms_of([secret])).count("***") == 1

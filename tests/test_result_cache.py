@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import tracemalloc
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridge_host import AsyncHost, DeadlineExceeded, Host, NotFound, RemoteError
+from bridge_host.client import Reply
 from bridge_host.durations import seconds_of, written
 from bridge_host.engine.commands import Arguments, CallFunction, prepare
+from bridge_host.engine.reads import Reads
 from bridge_host.engine.results import OVERHEAD_BYTES, ResultCache
 from bridge_host.telemetry.usage import MAX_CALLS, Usage
 from bridge_kernel.contract.catalogue import problem
@@ -136,6 +141,35 @@ def test_whoever_changes_a_result_changes_only_his_own(session: Session) -> None
         if array.flags.writeable:
             array[:] = 7
     assert tries(session) == [1, 0, 0]
+
+
+def test_an_array_that_is_changed_while_its_call_waits_is_what_it_was_when_it_was_given() -> None:
+    async def main() -> None:
+        async with AsyncHost(kernels=1, concurrency=1) as host:
+            session = host.session()
+            held, go, missed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+            host.telemetry.attach("bridge.cache.miss", lambda event: missed.set())
+
+            @session.tool
+            async def wait() -> None:
+                """Hold the only place."""
+                held.set()
+                await go.wait()
+
+            session.function("holds", "def holds(ctx):\n    ctx.call_tool('wait')\n")
+            session.function("total", "def total(x):\n    return float(x.sum())\n", cache="1h")
+            array = numpy.ones(100_000)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(session.call("holds"))
+                await held.wait()
+                first = tasks.create_task(session.call("total", array))
+                await missed.wait()
+                array[:] = 7
+                go.set()
+            assert first.result() == 100_000
+            assert await session.call("total", numpy.ones(100_000)) == 100_000
+
+    asyncio.run(main())
 
 
 def test_an_instances_methods_are_cached_by_recipe_and_state(session: Session) -> None:
@@ -544,6 +578,21 @@ def test_the_least_recently_used_goes_first(
     before = tries(session)
     assert [len(session.call("text", x)) for x in "ab"] == [400, 400]
     assert tries(session)[len(before) :] == [0, 1], "b was used longer ago than a"
+
+
+def test_many_small_results_take_no_more_memory_than_is_counted(shared_host: Host, session: Session) -> None:
+    results = ResultCache()
+    running: Any = SimpleNamespace(session=session._state, subject="f")
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for number in range(10_000):
+            key = number.to_bytes(32, "big")
+            results.keep(running, key, Reply(msgspec.Raw(b'{"value":1}'), ()), Reads({}, {}, {}), 1)
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 1.1 * results.size
 
 
 def test_a_result_that_takes_a_large_part_is_not_kept(

@@ -249,8 +249,14 @@ class Compared:
         self.now = 0.0
         self.verdicts: list[tuple[str, str]] = []
 
+    def admits(self, kernel: str, command: str = "f") -> bool:
+        return self.comparison.admits(kernel, command, self.now)
+
     def call(self, kernel: str, outcome: Outcome, command: str = "f", session: str = "s") -> None:
+        """One call, a second later; where the kernel is under suspicion there is none."""
         self.now += 1.0
+        if not self.admits(kernel, command):
+            return
         verdict = self.comparison.add(kernel, command, session, outcome, began=self.now - 0.5, now=self.now)
         if verdict is not None:
             self.verdicts.append((verdict.kernel, verdict.reason))
@@ -260,6 +266,12 @@ def test_a_kernel_that_fails_a_command_which_the_others_do_not_fail_is_found_and
     calls = Compared()
     for outcome in ("ok", "error", "timeout", "error", "error", "error", "ok", "error", "error", "error", "error"):
         calls.call("sick", outcome)
+        calls.call("a", "ok")
+        calls.call("b", "ok")
+    assert calls.verdicts == [], "it may be what it was sent"
+    assert [calls.admits(kernel) for kernel in ("sick", "a", "b")] == [False, True, True]
+    assert calls.admits("sick", "another command")
+    for _ in range(50):
         calls.call("a", "ok")
         calls.call("b", "ok")
     ((kernel, reason),) = calls.verdicts
@@ -301,23 +313,181 @@ def test_one_sessions_bad_data_on_the_kernel_it_is_pinned_to_has_it_not_replaced
         calls.call("a", "error", session="bad")
         calls.call("b", "ok", session="good")
     assert calls.verdicts == []
-    for number in range(30):
+    for number in range(200):
         calls.call("a", "error", session=f"one {number}")
         calls.call("b", "ok", session=f"another {number}")
     assert [kernel for kernel, _ in calls.verdicts] == ["a"]
 
 
-def test_a_command_that_had_a_kernel_replaced_has_none_replaced_for_a_while_and_then_for_twice_as_long() -> None:
-    calls, moments = Compared(), []
-    for number in range(1000):
-        before = len(calls.verdicts)
+def suspected() -> Compared:
+    """Calls that have raised a suspicion against kernel "sick"; "well" is the other one."""
+    calls = Compared()
+    while calls.admits("sick"):
+        calls.call("sick", "error")
+        calls.call("well", "ok")
+        assert calls.now < 100
+    return calls
+
+
+def test_a_suspicion_is_dropped_where_the_errors_go_elsewhere_with_the_calls_and_commands_go_there_again() -> None:
+    calls = suspected()
+    trial = calls.now
+    while not calls.admits("sick"):
+        calls.call("well", "error" if calls.now % 2 else "ok")
+        assert calls.now < trial + 60
+    assert calls.verdicts == []
+    dropped = calls.now
+    while calls.admits("sick"):
+        calls.call("sick", "error")
+        calls.call("well", "ok")
+        assert calls.now < dropped + 100
+    assert calls.now >= dropped + 60, "the pause"
+
+
+def test_a_suspicion_is_dropped_where_the_errors_are_fewer_since_but_perhaps_by_chance() -> None:
+    calls = suspected()
+    while not calls.admits("sick"):
+        calls.call("well", "error" if calls.now % 4 == 0 else "ok")
+    assert calls.verdicts == []
+
+
+def test_a_suspicion_is_dropped_where_few_calls_are_bad_and_all_of_them_were_sent_to_one_kernel() -> None:
+    calls = Compared()
+    suspicions = 0
+    for _ in range(500):
+        for number in range(8):
+            calls.call("busy", "ok", session=f"s{number % 4}")
+        before = calls.comparison.suspecting
+        calls.call("idle" if calls.admits("idle") else "busy", "error", session=f"s{calls.now % 4}")
+        suspicions += calls.comparison.suspecting and not before
+    assert suspicions > 1
+    assert calls.verdicts == []
+
+
+def test_calls_that_began_before_the_suspicion_do_not_count_in_its_trial() -> None:
+    calls = suspected()
+    comparison, now = calls.comparison, calls.now
+    for _ in range(300):
+        assert comparison.add("well", "f", "s", "ok", began=now - 0.1, now=now + 30) is None
+    assert not comparison.admits("sick", "f", now + 31)
+
+
+def test_errors_that_the_suspected_kernel_still_meets_for_want_of_another_speak_for_it() -> None:
+    calls = suspected()
+    comparison = calls.comparison
+    while comparison.suspecting:
+        calls.call("well", "ok")
+        comparison.add("sick", "f", "s", "error", began=calls.now - 0.5, now=calls.now)
+    assert calls.verdicts == []
+
+
+def test_a_suspicion_that_gets_too_few_calls_is_dropped_after_a_while() -> None:
+    calls = suspected()
+    calls.call("well", "ok")
+    calls.now += 59.0
+    assert not calls.admits("sick")
+    calls.now += 100.0
+    assert calls.admits("sick")
+    assert not calls.comparison.suspecting
+    assert calls.verdicts == []
+
+
+def test_a_suspicion_ends_when_its_kernel_or_all_others_are_gone() -> None:
+    for gone in ("sick", "well"):
+        calls = suspected()
+        calls.comparison.forget("a third")
+        assert not calls.admits("sick")
+        calls.comparison.forget(gone)
+        assert calls.admits("sick")
+        assert len(calls.comparison) == 0
+
+
+def test_a_command_that_had_a_kernel_replaced_has_none_suspected_for_a_while_and_then_for_twice_as_long() -> None:
+    calls, replaced, suspicions = Compared(), [0.0], []
+    while len(replaced) < 4:
+        before, suspecting = len(calls.verdicts), calls.comparison.suspecting
         calls.call("sick", "error")
         calls.call("well", "ok")
         if len(calls.verdicts) > before:
-            moments.append(calls.now)
-            assert number < 1000
-    first, second, third, *_ = moments
-    assert 60 <= second - first < 120 <= third - second < 240
+            replaced.append(calls.now)
+        if calls.comparison.suspecting and not suspecting:
+            suspicions.append(calls.now - replaced[-1])
+        assert calls.now < 2000
+    first, second, third = suspicions
+    assert first < 60 <= second < 120 <= third < 240
+
+
+class Mixed:
+    """Callers of one command, each one call after the other, at kernels with `capacity` places: good calls take a
+    second, bad ones fail at once. On a kernel that is sick all of them fail."""
+
+    def __init__(self, kernels: int, good: int, pause_s: float, capacity: int, sick: str = "") -> None:
+        self.now = 0.0
+        self.comparison = Comparison()
+        self.verdicts: list[tuple[str, str]] = []
+        self.suspicions = 0
+        self.sick = sick
+        self.capacity = capacity
+        self.kernels = [Simulated(str(n), kinds) for kinds in [Kinds()] for n in range(kernels)]
+        self.routing = Fastest(lambda: self.now)
+        self.numbers = itertools.count(1)
+        chance = random.Random(3)
+        # When, a number, whether it is a good one, the kernel it is on (none: it is to be sent).
+        self.events: list[tuple[float, int, bool, Simulated | None, Job | None]] = []
+        self.pause_s = pause_s
+        for _ in range(good):
+            self._at(chance.random(), True)
+        self._at(1.0, False)
+
+    def _at(self, moment: float, good: bool, kernel: Simulated | None = None, job: Job | None = None) -> None:
+        heapq.heappush(self.events, (moment, next(self.numbers), good, kernel, job))
+
+    def run(self, until: float) -> None:
+        while self.events[0][0] < until:
+            self.now, _, good, kernel, job = heapq.heappop(self.events)
+            if kernel is None or job is None:
+                self._send(good)
+                continue
+            failed = not good or kernel.id == self.sick
+            kernel.in_flight -= 1
+            kernel.load.end(job, self.now, typical=not failed)
+            suspecting = self.comparison.suspecting
+            verdict = self.comparison.add(
+                kernel.id, "f", "s", "error" if failed else "ok", began=job.began, now=self.now
+            )
+            self.suspicions += self.comparison.suspecting and not suspecting
+            if verdict is not None:
+                self.verdicts.append((verdict.kernel, verdict.reason))
+            self._at(self.now + (self.pause_s if failed else 0.001), good)
+
+    def _send(self, good: bool) -> None:
+        free = [kernel for kernel in self.kernels if kernel.in_flight < self.capacity]
+        if not free:
+            self._at(self.now + 0.01, good)
+            return
+        free = [kernel for kernel in free if self.comparison.admits(kernel.id, "f", self.now)] or free
+        kernel = self.routing.choose(Ask("s", "f"), free)
+        kernel.in_flight += 1
+        kernel.last_used = next(self.numbers)
+        job = kernel.load.begin("f", self.now)
+        self._at(self.now + (0.01 if not good or kernel.id == self.sick else 1.0), good, kernel, job)
+
+
+@pytest.mark.parametrize("capacity", [1, 8])
+@pytest.mark.parametrize(("kernels", "good", "pause_s"), [(2, 1, 0.5), (5, 4, 0.5), (5, 4, 0.1)])
+def test_a_healthy_kernel_that_is_idle_and_meets_all_bad_calls_is_not_replaced(
+    kernels: int, good: int, pause_s: float, capacity: int
+) -> None:
+    mixed = Mixed(kernels, good, pause_s, capacity)
+    mixed.run(until=1200.0)
+    assert mixed.suspicions, "errors alone look as if it were sick"
+    assert mixed.verdicts == []
+
+
+def test_a_sick_kernel_is_found_where_another_caller_sends_bad_calls_too() -> None:
+    mixed = Mixed(kernels=3, good=6, pause_s=3.0, capacity=8, sick="1")
+    mixed.run(until=300.0)
+    assert mixed.verdicts[0][0] == "1"
 
 
 def test_errors_of_the_caller_and_a_kernel_alone_are_not_judged() -> None:
@@ -449,7 +619,8 @@ def test_a_kernel_that_fails_where_the_other_does_not_is_replaced_with_the_reaso
         answers = []
         while not told(host, "pool", "recycle"):
             answers.append(tried(session, tmp_path))
-            assert len(answers) < 200
+            assert len(answers) < 20_000
+        assert None not in answers[-30:], "it was kept off that kernel before it was replaced"
         (recycled,) = told(host, "pool", "recycle")
         assert recycled["pid"] == sick
         assert recycled["reason"].startswith("errors: 1.00 of the last ")

@@ -15,6 +15,7 @@ import polars
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from bridge_host import RemoteError, Telemetry
 from bridge_host.telemetry.figures.counts import MAX_MEMORY
@@ -26,9 +27,9 @@ from bridge_host.telemetry.figures.metrics import (
     MAX_ERRORS,
     MAX_KERNELS,
     MAX_MODELS,
-    OTHERS,
     Metrics,
 )
+from bridge_host.telemetry.figures.rows import OTHERS
 from bridge_kernel.contract.telemetry import Event
 
 if TYPE_CHECKING:
@@ -285,6 +286,8 @@ def test_what_is_beyond_the_bounds_is_counted_under_others(metrics: Metrics, clo
     assert sum(row.commands for row in kernels) == sum(row.lost for row in kernels) == 2 * MAX_COMMANDS
     assert (kernels[-1].kernel, kernels[-1].count) == (OTHERS, 2 * MAX_COMMANDS - MAX_KERNELS)
     assert kernels[0].kernel == f"k{2 * MAX_COMMANDS - MAX_KERNELS}", "the latest are the ones that are told apart"
+    assert (kernels[-1].state, {row.state for row in kernels[:-1]}) == ("", {"ended"})
+    assert "alive" not in repr(kernels)
 
 
 def test_a_kernel_that_lives_is_told_apart_however_many_come_and_go(metrics: Metrics, clock: Clock) -> None:
@@ -418,13 +421,32 @@ def test_a_plot_draws_the_figures_and_names_what_it_leaves_out(metrics: Metrics,
     assert {text.get_text() for text in picture.legends[0].get_texts()} == {"p50", "p95", "p99"}
 
 
-def test_without_matplotlib_a_plot_is_text(metrics: Metrics, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("which", ["latencies", "errors", "kernels", "models"])
+def test_a_name_in_any_script_is_drawn_without_a_warning_and_no_chart_of_text_is_broken(
+    which: str, metrics: Metrics
+) -> None:
+    name = "日本語 🎉 " + "long_name" * 10
+    metrics.take(command(name, MS, name))
+    metrics.take(kernel_start(name, EPOCH))
+    metrics.take(lm(name, input_tokens=5, cost=0.1))
+    shown: Any = getattr(metrics, which)()
+    assert shown.plot()._repr_png_()[0].startswith(b"\x89PNG")
+    _, *lines = repr(shown.text_plot()).splitlines()
+    assert len(lines) == 1 + (which in ("latencies", "kernels")), "the axis, if there is one, and the row"
+    assert max(map(cell_len, lines)) <= 120
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "numpy"])
+def test_without_matplotlib_or_what_comes_with_it_a_plot_is_text(
+    missing: str, metrics: Metrics, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     some_of_all(metrics, clock)
     monkeypatch.delitem(sys.modules, "bridge_host.telemetry.figures.plots", raising=False)
     monkeypatch.delattr("bridge_host.telemetry.figures.plots", raising=False)
     monkeypatch.delitem(sys.modules, "bridge_host.telemetry.figures.picture", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, missing, None)
     plot = metrics.errors().plot()
     assert repr(plot) == repr(metrics.errors().text_plot())
     assert "█" in repr(plot)
@@ -484,6 +506,15 @@ def test_events_as_a_polars_frame_are_the_same() -> None:
     assert frame.schema["sampled"] == polars.Boolean
     assert frame["metadata.name"].to_list() == [None, None, "mine"]
     assert frame["error"].to_list() == [None, None, None]
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars"])
+def test_a_frame_holds_what_no_library_has_a_type_for_as_text(library: str) -> None:
+    values = [10**400, 1.5, 10**5000, "half \ud800", True]
+    frame = events_frame([event("bridge.user.x", {}, n=value) for value in values], library)
+    assert list(frame["n"]) == [str(10**400), "1.5", "an integer of 16610 bits", "half \\ud800", "True"]
+    frame = events_frame([event("bridge.user.x", {}, n=value) for value in (10**400, 1.5)], library)
+    assert list(frame["n"]) == [str(10**400), "1.5"]
 
 
 def test_frames_of_figures_have_the_same_types_with_rows_and_without(metrics: Metrics, clock: Clock) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import importlib.util
 import itertools
 import sys
 from collections import Counter
@@ -20,6 +19,7 @@ from rich.cells import cell_len
 
 from bridge_host import AsyncHost, Host
 from bridge_host.telemetry.traces.trace import Trace, Traces
+from bridge_host.telemetry.traces.waterfall import Waterfall
 from bridge_kernel.contract.catalogue import problem
 from bridge_kernel.contract.errors import NotFound
 from bridge_kernel.contract.telemetry import Event
@@ -337,6 +337,17 @@ def test_hundreds_of_callbacks_are_summed_up_in_the_drawing_and_kept_in_the_data
     assert len(drawn.splitlines()) < 30
 
 
+def test_what_is_summed_up_has_no_more_bars_than_can_be_told_apart() -> None:
+    story = Story()
+    root = story.span("span", None, 0, 3000, name="all")
+    for number in range(3000):
+        story.span("span", root, number, number + 0.5, name="one")
+    trace = story.whole()
+    (summed,) = [row for row in Waterfall(trace, 80).rows if row.summed]
+    assert len(summed.bars) == 1
+    assert len(trace.html()) < 10_000
+
+
 def test_of_many_the_failed_and_the_longest_are_drawn() -> None:
     story = Story()
     root = story.span("span", None, 0, 1000, name="all")
@@ -426,8 +437,9 @@ def test_a_notebook_gets_the_plot_or_html_if_there_is_nothing_to_plot_with(monke
     data, about = trace._repr_mimebundle_()
     assert sorted(data) == ["image/png", "text/plain"]
     assert about["image/png"]["width"] > about["image/png"]["height"] > 0
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    monkeypatch.delitem(sys.modules, "bridge_host.telemetry.figures.picture")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
     data = trace._repr_mimebundle_()
     assert sorted(data) == ["text/html", "text/plain"]
     read = _Tags()
@@ -479,6 +491,21 @@ def test_the_beginning_of_several_ids_is_ambiguous() -> None:
         story.command(None, 0, 5)
     with pytest.raises(NotFound, match="2 traces have an id that begins with 'ab'"):
         Traces(event for story in stories for event in story.events)["ab"]
+
+
+def test_a_trace_is_found_by_its_command_as_the_journal_has_it() -> None:
+    with Host(live=False) as host:
+        session = host.session()
+        for number in (1, 4):
+            session.call("math.sqrt", number)
+        for journaled in host.journal():
+            command = journaled.begun.id
+            (said,) = {
+                e.metadata["trace_id"] for e in host.telemetry.events() if e.metadata.get("command_id") == command
+            }
+            assert host.telemetry.trace(command).id == said
+        with pytest.raises(TypeError, match="not 5"):
+            host.telemetry.trace(5)  # type: ignore[arg-type]
 
 
 def test_without_any_trace_the_remedy_says_why() -> None:

@@ -112,14 +112,14 @@ class Caller:
             BridgeError: what the host answered, as its own type.
             CommandStopped: the command was cancelled or ran out of time meanwhile.
         """
-        with self.recorder.span(CALLBACK, {"method": method, "about": about}) as span:
+        with self.recorder.span(CALLBACK, {"method": method, "about": self.recorder.named(about)}) as span:
             waiter = _Waiter()
             self._request(method, self._within(params, span), buffers, waiter.resolve)
             return self._result(method, *self._wait(waiter))
 
     async def acall(self, method: str, params: Callback, buffers: Sequence[Buffer] = (), *, about: str = "") -> Any:
         """As `call`, from the event loop. Cancelling it leaves the host to finish the callback, unheard."""
-        with self.recorder.span(CALLBACK, {"method": method, "about": about}) as span:
+        with self.recorder.span(CALLBACK, {"method": method, "about": self.recorder.named(about)}) as span:
             loop = asyncio.get_running_loop()
             future: asyncio.Future[tuple[Reply, Sequence[Buffer]]] = loop.create_future()
 

@@ -18,7 +18,6 @@ from .contract.methods import (
     ToolList,
     VariableInfo,
 )
-from .contract.secrets import without_secrets
 from .values import ValueReader, ValueWriter
 
 if TYPE_CHECKING:
@@ -66,18 +65,25 @@ class _Context:
 
     def progress(self, done: float, total: float | None = None, message: str = "") -> None:
         """Tell the host how far the command is; seen in its live line of telemetry."""
-        self._command.recorder.progress(done, total, message)
-        message = without_secrets(message, self._command.secrets)
-        self._command.notify("command.progress", Progress(self._command.id, done, total, message))
+        done_so_far, of, said = self._command.recorder.progress(done, total, message)
+        if done_so_far is not None:  # without it, only the telemetry says so
+            self._command.notify("command.progress", Progress(self._command.id, done_so_far, of, said))
 
     @contextmanager
     def span(self, name: str, **metadata: Scalar) -> Iterator[dict[str, Scalar]]:
-        """Measure a part of the command: telemetry `["bridge", "span", "start"|"stop"|"exception"]`."""
+        """Measure a part of the command: telemetry `["bridge", "span", "start"|"stop"|"exception"]`.
+
+        The metadata is yours, as in `emit`.
+        """
         with self._command.recorder.span(("bridge", "span"), {**metadata, "name": name}, users=True) as given:
             yield given
 
     def emit(self, name: str, measurements: Mapping[str, float] | None = None, **metadata: Scalar) -> None:
-        """Emit one telemetry event, `["bridge", "user", name]`."""
+        """Emit one telemetry event, `["bridge", "user", name]`.
+
+        What every event says of its command (`kernel`, `session`, `trace_id`, …) stays so: of that name, yours is told
+        as `user.kernel`. A text is clipped at 4,096 characters.
+        """
         self._command.recorder.emit(("bridge", "user", name), dict(measurements or {}), metadata)
 
     def _tool_call(

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ("Tap", "tap_history", "tap_of")
 
 DSPY: Final = ("bridge", "dspy")
-MAX_NAME: Final = 200  # characters of a name that a provider or a user chose
 
 
 def tap_history() -> None:
@@ -104,11 +103,14 @@ class Tap(BaseCallback):  # type: ignore[misc]
             return None
         if command.stopped:
             raise CommandStopped  # the one way to stop an optimizer: DSPy lets a BaseException through
+        recorder = command.recorder
+        metadata = {
+            name: recorder.named(value) if isinstance(value, str) else value for name, value in metadata.items()
+        }
         outer = self._calls.get(ACTIVE_CALL_ID.get())
         if kind == "adapter" and outer is not None and outer.instance is instance and outer.said == metadata:
             self._calls[call_id] = outer  # DSPy wraps an adapter's method again for each subclass that inherits it
             return None
-        recorder = command.recorder
         call = _Call(call_id, instance, metadata, recorder, recorder.span((*DSPY, kind), metadata))
         call.compile = None if outer is None else outer.compile
         self._calls[call_id] = call
@@ -148,7 +150,7 @@ class Tap(BaseCallback):  # type: ignore[misc]
         self._end(call_id, exception)
 
     def on_tool_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        self._begin(call_id, instance, "tool", {"tool": _name(getattr(instance, "name", ""))})
+        self._begin(call_id, instance, "tool", {"tool": str(getattr(instance, "name", ""))})
 
     def on_tool_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
         self._end(call_id, exception)
@@ -159,7 +161,7 @@ class Tap(BaseCallback):  # type: ignore[misc]
         def prompt(recorder: Recorder) -> Mapping[str, Scalar]:
             return recorder.captured("prompts", "prompt", lambda: _prompt(inputs))
 
-        call = self._begin(call_id, instance, "lm", {"model": _name(getattr(instance, "model", ""))}, prompt)
+        call = self._begin(call_id, instance, "lm", {"model": str(getattr(instance, "model", ""))}, prompt)
         if call is not None:
             call.meter = _Meter()
             call.meter.enter()
@@ -175,7 +177,7 @@ class Tap(BaseCallback):  # type: ignore[misc]
         if exception is None:
             metadata["cache_hit"] = not meter.reported
             if meter.entry.get("response_model"):
-                metadata["response_model"] = _name(meter.entry["response_model"])
+                metadata["response_model"] = call.recorder.named(meter.entry["response_model"])
             said = meter.entry.get("outputs", outputs)
             metadata.update(call.recorder.captured("completions", "completion", lambda: _json(said)))
         with self._lock:
@@ -189,7 +191,7 @@ class Tap(BaseCallback):  # type: ignore[misc]
         metadata: dict[str, Scalar] = {}
         metric = _first(inputs.get("metric"), getattr(instance, "metric", None))
         if metric is not None:
-            metadata["metric"] = _name(getattr(metric, "__name__", None) or type(metric).__name__)
+            metadata["metric"] = str(getattr(metric, "__name__", None) or type(metric).__name__)
         call = self._begin(call_id, instance, "evaluate", metadata)
         devset = _first(inputs.get("devset"), getattr(instance, "devset", None))
         if call is not None and hasattr(devset, "__len__"):
@@ -368,10 +370,6 @@ def _number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _name(value: object) -> str:
-    return str(value)[:MAX_NAME]
 
 
 def _first(*values: Any) -> Any:

@@ -79,7 +79,8 @@ def _import_longest(parts: list[str]) -> tuple[ModuleType, list[str]]:
                     return module, parts[count:]
                 raise NotFound(
                     f"no module named {name!r} in the kernel",
-                    remedy=f"Install it where the kernel runs: pip install {name}",
+                    remedy=f"Install it where the kernel runs: pip install {name}"
+                    + ("" if len(parts) > 1 else f", or give the session a function {name!r}."),
                 ) from None
         module = loaded
     assert module is not None

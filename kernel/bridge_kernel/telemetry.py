@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -32,11 +33,14 @@ if TYPE_CHECKING:
 __all__ = ("Recorder", "Span", "together")
 
 MAX_EVENTS: Final = 1000  # between two updates; what is beyond is counted, not kept
+MAX_CHARACTERS: Final = 1_000_000  # of users' own events, likewise: a larger display would make the transport hang up
+MAX_NAME: Final = 200  # characters of a name that is not ours
 _encode = msgspec.json.Encoder().encode
 
 EXECUTION: Final = ("bridge", "execution")
 _EXECUTION_START: Final = (*EXECUTION, "start")
 _EVERYTHING: Final = ("bridge",)
+_NOTHING: Final[Mapping[str, Scalar]] = {}
 
 
 class Recorder:
@@ -66,7 +70,7 @@ class Recorder:
         self.capture: tuple[Capture, ...] = () if options is None else options.capture
         self.trace = trace
         self._off = () if options is None else options.off
-        self._silent = not trace.sampled or _EVERYTHING in self._off
+        self._silent = not trace.sampled or begins_with_any(_EVERYTHING, self._off)
         self._command = command
         self._metadata = metadata
         self._publish = publish
@@ -76,6 +80,7 @@ class Recorder:
         self._sending = threading.RLock()  # what is taken first is sent first
         self._lock = threading.RLock()
         self._events: deque[tuple[tuple[str, ...], Mapping[str, int | float], Mapping[str, Scalar]]] = deque()
+        self._characters = 0
         self._dropped = 0
         self._shown = False
         self._settled = False
@@ -86,39 +91,81 @@ class Recorder:
     # -- recording ---------------------------------------------------------------
 
     def record(
-        self, name: tuple[str, ...], measurements: Mapping[str, int | float], metadata: Mapping[str, Scalar]
+        self,
+        name: tuple[str, ...],
+        measurements: Mapping[str, int | float],
+        metadata: Mapping[str, Scalar],
+        characters: int = 0,
     ) -> None:
-        """Record an event of the kernel's own: numbers and plain scalars, which nobody changes any more."""
+        """Record an event of the kernel's own: numbers and plain scalars, which nobody changes any more.
+
+        `characters` is how many of the display's are taken up by texts that others have chosen.
+        """
         if self._silent or (self._off and begins_with_any(name, self._off)):
             return
         with self._lock:
-            if len(self._events) >= MAX_EVENTS:
+            if len(self._events) >= MAX_EVENTS or self._characters + characters > MAX_CHARACTERS:
                 self._dropped += 1
             else:
+                self._characters += characters
                 self._events.append((name, measurements, metadata))
 
-    def emit(self, name: tuple[str, ...], measurements: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-        """Record an event of the user's own, of which nothing is known: what JSON cannot carry is said as text."""
+    def emit(
+        self,
+        name: tuple[str, ...],
+        measurements: Mapping[str, Any],
+        metadata: Mapping[str, Any],
+        own: Mapping[str, Scalar] = _NOTHING,
+    ) -> None:
+        """Record an event of the user's own, of which nothing is known: what JSON cannot carry is said as text.
+
+        What the command's events say of it, and `own`, cannot be said otherwise: a user's `kernel` becomes
+        `user.kernel`.
+        """
         # Here, in the thread of whoever emits: what is no number must not be found out by the lane.
-        said: dict[str, Scalar] = {_text(key): _scalar(value) for key, value in metadata.items()}
+        if self._silent:
+            return
+        said: dict[str, Scalar] = {}
         numbers: dict[str, int | float] = {}
+        for key, value in metadata.items():
+            said[self._key(key)] = self._scalar(value)
         for key, value in measurements.items():
             number = _number(value)
             if number is None:
-                said[_text(key)] = _scalar(value)  # NaN, infinity, no number at all: said, not measured
+                said[self._key(key)] = self._scalar(value)  # NaN, infinity, no number at all: said, not measured
             else:
-                numbers[_text(key)] = number
-        self.record(tuple(map(_text, name)), numbers, said)
+                numbers[self.named(key)] = number
+        said |= own
+        words = tuple(map(self.named, name))
+        texts = sum(len(value) for value in said.values() if isinstance(value, str))
+        self.record(words, numbers, said, texts + sum(map(len, (*words, *said, *numbers))))
+
+    def _key(self, key: object) -> str:
+        name = self.named(key)
+        return f"user.{name}" if name in self._metadata else name
+
+    def _scalar(self, value: object) -> Scalar:
+        plain = _scalar(value)
+        return captured_text(plain, self._secrets) if isinstance(plain, str) else plain
+
+    def named(self, name: object) -> str:
+        """A name that somebody else has chosen, 200 characters at most, without secrets: no part of one is left at
+        its end.
+        """
+        text = name if type(name) is str and name.isascii() else _text(name)
+        return text if len(text) <= MAX_NAME else f"{self._said(text)[: MAX_NAME - 1]}…"
 
     def start(self, captured: Mapping[str, Scalar]) -> None:
         """Record the beginning."""
         self.record(_EXECUTION_START, {"system_time": time.time_ns()}, captured)
 
-    def progress(self, done: float, total: float | None, message: str) -> None:
-        given, message = {"done": done, "total": total}, _text(message)
+    def progress(self, done: float, total: float | None, message: str) -> tuple[float | None, float | None, str]:
+        """Record how far it is; returns it as it may be told: None instead of what is no number."""
+        given, message = {"done": done, "total": total}, captured_text(_text(message), self._secrets)
         measurements = {name: number for name, value in given.items() if (number := _number(value)) is not None}
         self._done = (measurements.get("done"), measurements.get("total"), message)
-        self.record((*EXECUTION, "progress"), measurements, {"message": message})
+        self.record((*EXECUTION, "progress"), measurements, {"message": message}, len(message))
+        return self._done
 
     def say(self, message: str) -> None:
         """Say in the live line what goes on, beside how far it is: no event, where one of its own says it already."""
@@ -165,7 +212,10 @@ class Recorder:
         if self.lm_calls:
             measurements |= {"lm_calls": self.lm_calls, "tokens": self.tokens}
         last = "stop" if error is None else "exception"
-        self.record((*EXECUTION, last), measurements, {"success": error is None, "error": error, **captured})
+        if not begins_with_any((*EXECUTION, last), self._off):
+            with self._lock:  # whether there is room or not: it is what the others are part of
+                said = {"success": error is None, "error": error, **captured}
+                self._events.append(((*EXECUTION, last), measurements, said))
         self._end = self._line(duration, "ok" if error is None else "error")._replace(
             error=error or "", traceback=where
         )
@@ -189,10 +239,20 @@ class Recorder:
             line = line.redacted(self._said)
         self._publish(msg_type, _display([taken], line.text(), line.html(), self._display_id))
 
+    @property
+    def whole(self) -> bool:
+        """Whether it has ended and nothing was shown of it yet: `take` gives all there is."""
+        return self._end is not None and not self._shown
+
+    @property
+    def characters(self) -> int:
+        """How much there is to be shown of what others have chosen."""
+        return self._characters
+
     def take(self) -> dict[str, Any] | None:
-        """Its one and only batch, to be shown together with others'; None if something was shown of it already."""
+        """The next batch, to be shown together with others'; None if there is nothing new."""
         with self._sending:
-            return None if self._shown or self._silent else self._take()
+            return self._take()
 
     def _take(self) -> dict[str, Any] | None:
         """The next `EventBatch`; None if there is nothing new, or once the end was taken."""
@@ -200,12 +260,13 @@ class Recorder:
             end = self._end
             if self._settled or not (self._events or self._dropped or end is not None):
                 return None
-            taken, dropped = list(self._events), self._dropped
-            self._events.clear()
-            self._dropped = 0
+            # Exchanged, not copied and cleared: what a finalizer records in between would be lost.
+            recorded, self._events = self._events, deque()
+            dropped, self._dropped, self._characters = self._dropped, 0, 0
             self._shown = True
             self._settled = end is not None
         metadata: Mapping[str, Scalar] = self._metadata
+        taken = list(recorded)
         if self._secrets:
             taken = [(tuple(map(self._said, name)), self._all_said(n), self._all_said(m)) for name, n, m in taken]
             metadata = self._all_said(metadata)
@@ -247,12 +308,15 @@ class Recorder:
 def together(recorders: Sequence[Recorder], comm_id: str) -> bytes | None:
     """One display of several commands that have ended, so that a burst of short ones costs a message, not hundreds.
 
-    None if there is nothing to show of them.
+    None if there are no two of which nothing was shown yet. What is too large to go together is left out.
     """
-    taken = [batch for recorder in recorders if (batch := recorder.take()) is not None]
-    if not taken:
+    whole = [recorder for recorder in recorders if recorder.whole]
+    sizes = itertools.accumulate(recorder.characters for recorder in whole)
+    fitting = [recorder for recorder, size in zip(whole, sizes, strict=True) if size <= MAX_CHARACTERS]
+    if len(fitting) < 2:  # one is shown in its own display: its host waits for that
         return None
-    ended = [recorder.end for recorder in recorders if recorder.end is not None]
+    taken = [batch for recorder in fitting if (batch := recorder.take()) is not None]
+    ended = [recorder.end for recorder in fitting if recorder.end is not None]
     failed = sum(line.state == "error" for line in ended)
     durations = sorted(line.elapsed for line in ended)
     summary = Summary(
@@ -296,14 +360,13 @@ class Span:
     its end goes with that.
     """
 
-    __slots__ = ("_began", "_name", "_outer", "_recorder", "_users", "id", "metadata")
+    __slots__ = ("_began", "_name", "_outer", "_own", "_recorder", "id", "metadata")
 
     def __init__(
         self, recorder: Recorder, name: tuple[str, ...], metadata: Mapping[str, Scalar], *, users: bool
     ) -> None:
         self._recorder = recorder
         self._name = name
-        self._users = users
         self._outer: tuple[Recorder, str] | None = None
         self._began = 0
         self.id = new_span_id()
@@ -312,6 +375,11 @@ class Span:
             "span_id": self.id,
             "parent_span_id": recorder.current_span(),
         }
+        self._own: dict[str, Scalar] | None = None
+        """Of a user's span, what the user cannot change."""
+        if users:
+            self._own = {name: self.metadata[name] for name in ("span_id", "parent_span_id")}
+            self._own["name"] = recorder.named(metadata["name"])
 
     def start(self, **captured: Scalar) -> None:
         """Begin it: spans that begin here until it ends are parts of it."""
@@ -328,12 +396,16 @@ class Span:
         # Set, not reset by its token: a span of asynchronous code may end in another context than it began in.
         _SPAN.set(self._outer)
         if error is not None:
-            self.metadata["error"] = type_of(error)
+            (self.metadata if self._own is None else self._own)["error"] = type_of(error)
         self._record("stop" if error is None else "exception", measured, self.metadata)
 
     def _record(self, last: str, measurements: dict[str, int | float], metadata: dict[str, Scalar]) -> None:
-        record = self._recorder.emit if self._users else self._recorder.record
-        record((*self._name, last), measurements, metadata)
+        name, own = (*self._name, last), self._own
+        if own is None:
+            self._recorder.record(name, measurements, metadata)
+        else:
+            said = {key: value for key, value in metadata.items() if key not in own}
+            self._recorder.emit(name, measurements, said, own)
 
     def __enter__(self) -> dict[str, Scalar]:
         self.start()
@@ -346,7 +418,11 @@ class Span:
 
 
 def _text(value: object) -> str:
-    return str(value).encode("utf-8", "backslashreplace").decode()
+    try:
+        text = str(value)
+    except Exception as exc:  # noqa: BLE001 - somebody else's `__str__`: telling of a value must not break a command
+        text = f"<{type(value).__name__}: {type_of(exc)}>"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _number(value: object) -> int | float | None:
@@ -355,7 +431,7 @@ def _number(value: object) -> int | float | None:
         return int(value)
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # noqa: BLE001 - somebody else's `__float__`: whatever it raises, it is no number
         return None
     return number if math.isfinite(number) else None
 

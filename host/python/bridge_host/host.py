@@ -197,6 +197,7 @@ class AsyncHost:
         with anyio.CancelScope(shield=True):
             engine.closing = True
             engine.pool.refuse()
+            await _in_thread(self.telemetry.sync)  # while the kernels can still tell what was answered
             self._broadcast.close()
             self.telemetry.snapshots.closed()
             async with contextlib.AsyncExitStack() as closing:  # each, whatever becomes of the others
@@ -214,7 +215,7 @@ class AsyncHost:
         while True:
             gone, next_end = engine.store.sweep()
             for id in gone:
-                self.telemetry.emit(
+                self.telemetry.tell(
                     ("bridge", "session", "stop"), {"system_time": time.time_ns()}, _gone(id, "expired")
                 )
             engine.store.forget_keys(engine.store.clock() - KEYS_KEPT_S)
@@ -251,7 +252,7 @@ class AsyncHost:
         return state
 
     def _made(self, session: str) -> None:
-        self.telemetry.emit(("bridge", "session", "start"), {"system_time": time.time_ns()}, {"session": session})
+        self.telemetry.tell(("bridge", "session", "start"), {"system_time": time.time_ns()}, {"session": session})
 
     def session(self, id: str | None = None, *, ttl: float | None = None) -> AsyncSession:
         """The session of that id, made if there is none; a new one without an id. `ttl` becomes its time to live."""
@@ -272,7 +273,7 @@ class AsyncHost:
         """Forget a session and all it owns: variables, instances, tools, functions, secrets, journal. Raises `NotFound`."""
         store = self.engine.store
         store.log.wait(store.delete(id))
-        self.telemetry.emit(("bridge", "session", "stop"), {"system_time": time.time_ns()}, _gone(id, "deleted"))
+        self.telemetry.tell(("bridge", "session", "stop"), {"system_time": time.time_ns()}, _gone(id, "deleted"))
 
     def export(self, path: str | os.PathLike[str], *sessions: str, history: bool = False) -> None:
         """Write these sessions, or all, into one JSON file: all but tools, and secrets of which only the names.

@@ -77,7 +77,7 @@ class Line(NamedTuple):
         if self.callbacks:
             said.append(quantity(self.callbacks, "callback"))
         if self.error:
-            said.append(_clip(" ".join(self.error.split()), MAX_ERROR))
+            said.append(_clip(self.error, MAX_ERROR))
         return said
 
     def _progress(self) -> str:
@@ -108,7 +108,7 @@ class Line(NamedTuple):
             share = f' <progress value="{value:.3f}" max="1" style="width:8em;vertical-align:middle"></progress>'
         line = f'{_coloured(self.state, self.mark)} <b>{subject}</b> <span style="opacity:.75">{details}</span>{share}'
         if self.traceback:
-            folded = html.escape(_clip(self.traceback, MAX_TRACEBACK))
+            folded = html.escape(self.traceback[:MAX_TRACEBACK])
             line = (
                 f'<details><summary style="cursor:pointer">{line}</summary>'
                 f'<pre style="margin:.3em 0 0 1.5em;font-size:11px;white-space:pre-wrap">{folded}</pre></details>'
@@ -191,4 +191,7 @@ def quantity(count: float, what: str) -> str:
 
 
 def _clip(text: str, most: int) -> str:
+    """On one line, and without what would move a terminal's cursor."""
+    if not text.isprintable():
+        text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * most]).split())
     return text if len(text) <= most else f"{text[: most - 1]}…"

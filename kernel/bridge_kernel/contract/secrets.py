@@ -20,15 +20,17 @@ _encode: Final = msgspec.json.Encoder().encode
 
 def forms_of(secrets: Iterable[str]) -> tuple[str, ...]:
     """What to star out, the longest first: each secret as itself, as a repr and as JSON would have it, which is how
-    a line break or a quote in one gets into a text.
+    a line break or a quote in one gets into a text; and each of these once more, for JSON within JSON.
     """
-    forms = {
-        form
-        for secret in secrets
-        if len(secret) >= SHORTEST_SECRET
-        for form in (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1])
-    }
+    plain = {secret for secret in secrets if len(secret) >= SHORTEST_SECRET}
+    once = {form for secret in plain for form in _written(secret)}
+    forms = once | {form for text in once for form in _written(text)}
     return tuple(sorted(forms, key=lambda form: (-len(form), form)))
+
+
+def _written(text: str) -> tuple[str, ...]:
+    """A text as itself, and as programs write it."""
+    return text, repr(text)[1:-1], json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def without_secrets(text: str, secrets: tuple[str, ...]) -> str:

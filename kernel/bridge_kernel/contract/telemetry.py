@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 __all__ = (
-    "CAPTURED",
     "CAPTURES",
     "TELEMETRY_MIME",
     "Capture",
@@ -33,9 +32,6 @@ Scalar = str | int | float | bool | None
 Capture = Literal["arguments", "results", "prompts", "completions"]
 CAPTURES: Final[tuple[Capture, ...]] = ("arguments", "results", "prompts", "completions")
 """What telemetry may hold of the values themselves, each only if the session asks for it."""
-
-CAPTURED: Final = frozenset({"arguments", "result", "prompt", "completion"})
-"""The members of the metadata in which that is."""
 
 
 def display_id(comm_id: str, command: int | str) -> str:

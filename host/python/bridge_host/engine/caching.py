@@ -14,7 +14,7 @@ import msgspec
 from bridge_kernel.contract.errors import DeadlineExceeded
 
 from ..store.facts import CommandBegun
-from .commands import CallFunction, CallMethod
+from .commands import CallFunction, CallMethod, prepare
 from .journal import Journal
 from .reads import Reads, reads_of
 from .running import Outcome, Running
@@ -51,6 +51,7 @@ class Caching:
             BridgeError: as `Engine.run`.
         """
         began = time.perf_counter_ns()
+        prepared = self._owned(session, prepared)
         assert prepared.cache is not None
         key = prepared.result_key(self._engine.store.vault)
         name = (session.id, key)
@@ -73,6 +74,19 @@ class Caching:
             if leading is not None:
                 del self._leading[name]
                 leading.set_result(None)
+
+    def _owned(self, session: SessionState, prepared: Prepared) -> Prepared:
+        """The same command with buffers of its own. A caller may change his arrays while it waits for a kernel: what
+        came of that would be kept for what he had asked.
+        """
+        request = prepared.request
+        if not isinstance(request, CallFunction | CallMethod):
+            return prepared
+        given = request.given
+        if all(isinstance(buffer, bytes) for buffer in given.buffers):
+            return prepared
+        given = msgspec.structs.replace(given, buffers=tuple(bytes(buffer) for buffer in given.buffers))
+        return prepare(msgspec.structs.replace(request, given=given), session, self._engine.store.vault)
 
     async def _wait(self, leader: asyncio.Future[None], prepared: Prepared, terms: Terms) -> Terms:
         """What is left of the terms when the leader has ended, however it did."""

@@ -186,7 +186,7 @@ class Callbacks:
             if forgotten and self._store.log.on_disk:
                 self._store.log.append([CallbacksForgotten(running.id, forgotten)])
             if entry is not None:
-                self._repeat(client, id, entry, running)
+                self._repeat(client, id, entry, params, running)
                 return
         if isinstance(params, ToolCall):
             tool = running.session.tool(params.name)
@@ -211,11 +211,11 @@ class Callbacks:
         if versions is not None and self._store.log.on_disk:
             self._note(running, entry, msgspec.msgpack.encode(_Kept(versions=versions)))
 
-    def _repeat(self, client: KernelClient, id: int | str, entry: Entry, running: Running) -> None:
+    def _repeat(self, client: KernelClient, id: int | str, entry: Entry, params: Callback, running: Running) -> None:
         """Answer as the first time; a tool that still runs answers both."""
         name = entry.params.name if isinstance(entry.params, ToolCall) else entry.method
         if running.trace.sampled:
-            self._telemetry.emit(
+            self._telemetry.tell(
                 ("bridge", "journal", "replay"),
                 {"n": entry.n},
                 {"method": entry.method, "about": name, "session": running.session.id, "command_id": running.id},
@@ -230,7 +230,7 @@ class Callbacks:
         else:
             assert isinstance(entry.params, ToolCall)
             tool = running.session.tool(entry.params.name)
-            entry.lost = False
+            entry.lost, entry.params = False, params  # the same, but for the span that it belongs to now
             entry.waiting.append((client, id))
             self._tasks.start_soon(self._run_tool, running, tool, entry, 0)
 
@@ -346,7 +346,7 @@ class Callbacks:
         params: ToolCall,
         buffers: Sequence[Buffer],
     ) -> None:
-        trace = Trace.child_of(params.traceparent)
+        trace = self._telemetry.tracer.child()  # of a cell nothing is recorded that it could be part of
         spans.enter(trace)
         reply = await self._call(session, tool, params, buffers, trace, None)
         _send(client, id, reply)
@@ -447,7 +447,7 @@ class Callbacks:
             return
         if what in session.capture and (last != "exception"):
             said = {**said, name: captured_text(value, self._telemetry.intake.secrets_of(session.id))}
-        self._telemetry.emit(("bridge", "tool", last), measurements, said)
+        self._telemetry.tell(("bridge", "tool", last), measurements, said)
 
 
 def _in_thread(tool: Tool, arguments: dict[str, Any]) -> tuple[BaseException | None, Any]:

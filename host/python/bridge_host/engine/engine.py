@@ -24,6 +24,7 @@ from bridge_kernel.contract.errors import (
     type_of,
 )
 from bridge_kernel.contract.methods import Cancel, Chunk
+from bridge_kernel.contract.telemetry import begins_with_any
 
 from ..pool.outcomes import outcome_of
 from ..pool.routing import Ask
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from bridge_kernel.contract.frames import Buffer
     from bridge_kernel.contract.messages import Notification, Request
+    from bridge_kernel.contract.telemetry import TelemetryOptions
     from bridge_kernel.contract.values import Tag
 
     from ..client import KernelClient, Reply, StreamText
@@ -372,7 +374,7 @@ class Engine:
             client.forget(id)
             if not answered:
                 client.notify("command.cancel", Cancel(id), control=True)
-            elif running.trace.sampled and not self.telemetry.silent:
+            elif running.trace.sampled and client.closed is None and _tells(attempt.telemetry):
                 self.telemetry.intake.expect(client.display_id(id))
 
     # -- what kernels say (Listener) ---------------------------------------------
@@ -421,6 +423,11 @@ class Engine:
         self.callbacks.serve(
             client, request, buffers, lambda command: self._running_of(client, command), self._cells.get(client)
         )
+
+
+def _tells(options: TelemetryOptions | None) -> bool:
+    """Whether a kernel that was sent these tells of the command's end."""
+    return options is None or not begins_with_any(("bridge",), options.off)
 
 
 def _check(terms: Terms) -> None:

@@ -5,6 +5,7 @@ Pure but for looking: what is made of it, a cache or a suggestion, is others' bu
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Reads", "reads_of")
 
-_TAGS: Final = frozenset({"ref", "tool", "variable"})
+# Within a string its quotes would be escaped. A dict of a user's own that looks like it is not kept, which does no harm.
+_TAG: Final = re.compile(rb'"\$bridge"\s*:\s*"(?:ref|tool|variable)"')
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -136,18 +138,8 @@ def _with(reads: Reads, entry: Any, tools: Mapping[str, Tool], session: SessionS
 
 
 def _has_tags(reply: Reply) -> bool:
-    """Whether a result holds a ref, a tool or a variable: they are the host's, and may be gone tomorrow."""
-    raw = bytes(reply.result)
-    if b'"$bridge"' not in raw:
-        return False
-    left = [msgspec.json.decode(raw)]
-    while left:
-        tree = left.pop()
-        if isinstance(tree, dict):
-            kind = tree.get("$bridge")
-            if isinstance(kind, str) and kind in _TAGS:
-                return True
-            left.extend(tree.values())
-        elif isinstance(tree, list):
-            left.extend(tree)
-    return False
+    """Whether a result holds a ref, a tool or a variable: they are the host's, and may be gone tomorrow.
+
+    Looked for in its bytes: to decode a large one takes longer than the host's loop may stand still.
+    """
+    return _TAG.search(memoryview(reply.result)) is not None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ("CACHE_BYTES", "Hit", "ResultCache")
 
 CACHE_BYTES: Final = 64 << 20
-OVERHEAD_BYTES: Final = 500  # an entry's key and its place, beside its result
+OVERHEAD_BYTES: Final = 700  # an entry's key and its place, beside its result: as measured
 LARGEST: Final = 4  # a result may take this part of the whole: one must not drive out all others
 MAX_COUNTED: Final = 1000  # functions and methods whose hits are counted each; the least recently called is forgotten
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import warnings
 from typing import TYPE_CHECKING, Final, Literal
@@ -41,7 +42,7 @@ class Teller:
             except Exception as exc:  # noqa: BLE001 - who looks on must not break a command
                 self._look_away(exc)
         if running.trace.sampled:
-            self._telemetry.emit(_STARTED, {"system_time": time.time_ns()}, said_of(running))
+            self._telemetry.tell(_STARTED, {"system_time": time.time_ns()}, said_of(running))
 
     def tried(self, client: KernelClient, running: Running) -> None:
         """An attempt at it begins, on this kernel."""
@@ -64,13 +65,14 @@ class Teller:
             said["error"] = "bridge.Cancelled" if isinstance(error, asyncio.CancelledError) else type_of(error)
         name = (*_COMMAND, "stop" if error is None else "exception")
         if running.trace.sampled:
-            self._telemetry.emit(name, measurements, said)
+            self._telemetry.tell(name, measurements, said)
         else:
             self._telemetry.count(Event(name, measurements, said))
 
     def _look_away(self, error: Exception) -> None:
         self._live = None
-        warnings.warn(f"commands are not shown live any more, for that raised {error!r}", stacklevel=3)
+        with contextlib.suppress(Warning):  # where warnings are errors, it would break the command after all
+            warnings.warn(f"commands are not shown live any more, for that raised {error!r}", stacklevel=3)
 
     def cached(
         self,
@@ -84,7 +86,7 @@ class Teller:
         del about["command_id"]
         name = ("bridge", "cache", what)
         if running.trace.sampled:
-            self._telemetry.emit(name, measurements or {}, {**about, **said})
+            self._telemetry.tell(name, measurements or {}, {**about, **said})
         else:
             self._telemetry.count(Event(name, measurements or {}, {**about, **said}))
 
@@ -94,7 +96,7 @@ class Teller:
             measurements = {"attempt": running.attempt + 1, "recorded": len(running.journal)}
             said = said_of(running)
             del said["command_id"]
-            self._telemetry.emit(("bridge", "execution", "retry"), measurements, said)
+            self._telemetry.tell(("bridge", "execution", "retry"), measurements, said)
 
     def lost(self, client: KernelClient, running: Running) -> None:
         """End an attempt whose kernel can no longer do so itself."""
@@ -113,8 +115,8 @@ class Teller:
             "success": False,
             "error": "bridge.KernelDied",
         }
-        event = Event(("bridge", "execution", "exception"), {"duration": duration}, said)
-        self._telemetry.intake.settle(client.display_id(running.request_id), line.text(), event)
+        self._telemetry.intake.settle(client.display_id(running.request_id), line.text())
+        self._telemetry.tell(("bridge", "execution", "exception"), {"duration": duration}, said)
 
 
 def said_of(running: Running) -> dict[str, Scalar]:

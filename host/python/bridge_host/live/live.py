@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from collections import OrderedDict
@@ -14,7 +15,7 @@ from .told import Told
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterator
 
     from bridge_kernel.contract.telemetry import EventBatch
 
@@ -50,9 +51,15 @@ class Place(Protocol):
 
     def close(self, now: int) -> None: ...
 
+    def abandon(self) -> None:
+        """It has raised: show nothing any more."""
+
 
 class Live:
-    """`begin`, `tried` and `end` are called in the host's event loop, `take` on any thread."""
+    """`begin`, `tried` and `end` are called in the host's event loop, `take` on any thread.
+
+    Once its place has raised, nothing is shown any more: `begin` and `end` raise what it raised.
+    """
 
     def __init__(
         self, place: Place, sync: Callable[[], None], *, clock: Callable[[], int] = time.perf_counter_ns
@@ -65,13 +72,14 @@ class Live:
         self._told: dict[str, Told] = {}
         self._displays: OrderedDict[str, tuple[Told, bool]] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
+        self._failure: Exception | None = None
 
     def begin(self, running: Running) -> None:
         """A command was taken. Those that a tool sends are part of the one that called it."""
         if running.parent is not None:
             return
         told = Told(running)
-        with self._lock:
+        with self._lock, self._looking():
             if self._place.begin(told):
                 self._told[told.id] = told
                 if self._timer is None:
@@ -94,13 +102,15 @@ class Live:
 
     def end(self, running: Running, error: BaseException | None) -> None:
         """It was answered, or failed for good."""
+        if self._failure is not None:
+            raise self._failure
         told = self._told.pop(running.id, None)
         if told is None:
             return
         now = self._clock()
         if self._place.waits_for(told):
             self._sync()
-        with self._lock:
+        with self._lock, self._looking():
             self._place.end(told, error, now)
 
     def take(self, display_id: str, batch: EventBatch) -> None:
@@ -118,18 +128,40 @@ class Live:
 
     def _tick(self) -> None:
         self._timer = None
-        with self._lock:
-            pause = self._place.tick(self._clock())
+        try:
+            with self._lock, self._looking():
+                pause = self._place.tick(self._clock())
+        except Exception:  # noqa: BLE001 - here nobody is told: the command that runs now is, by its end
+            return
         if pause is not None:
             self._timer = asyncio.get_running_loop().call_later(pause, self._tick)
 
-    def close(self) -> None:
-        """Show what there is to be shown still, and no more."""
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[None]:
+        """The place is asked to do something."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except Exception as exc:
+            self._failure = exc
+            self._stop()
+            self._told.clear()
+            self._displays.clear()
+            self._place.abandon()
+            raise
+
+    def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        with self._lock:
-            self._place.close(self._clock())
+
+    def close(self) -> None:
+        """Show what there is to be shown still, and no more."""
+        self._stop()
+        if self._failure is None:
+            with self._lock:
+                self._place.close(self._clock())
 
 
 def live_for(wanted: bool | None, telemetry: Telemetry, waiting: Collection[object]) -> Live | None:

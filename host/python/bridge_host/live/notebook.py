@@ -48,6 +48,8 @@ class Cell:
         self._began = now
         self._active = now
         self._commands = 0
+        self._summed = 0
+        """How many commands the last summary was of that is not changed any more."""
         self._ok = 0
         self._failed = 0
         self._shown_failures = 0
@@ -89,7 +91,8 @@ class Cell:
             self._show(told.id, now)
         if self._commands > OWN:
             self._changed.add(_ALL)
-            if self.over and not self.updates and not self.running:
+            # Once they are twice as many: a thread may go on sending commands for days.
+            if self.over and not self.updates and not self.running and self._commands >= 2 * self._summed:
                 self._show(_ALL, now)
 
     def counted(self, told: Told, lm_calls: int, tokens: int) -> None:
@@ -134,6 +137,8 @@ class Cell:
 
     def _show(self, id: str, now: int) -> None:
         self._changed.discard(id)
+        if id is _ALL:
+            self._summed = self._commands
         shown = self._summary(now) if id is _ALL else self._own[id].line(now)
         data = {"text/plain": shown.text(), "text/html": shown.html()}
         if self.updates:
@@ -172,6 +177,7 @@ class Notebook:
         self._sync = sync
         self._forced = forced
         self._clock = clock
+        # Also those that are quiet: what a cell has left behind may go on sending commands, and counts with it.
         self._cells: OrderedDict[str, Cell] = OrderedDict()
         self._over: OrderedDict[str, None] = OrderedDict()  # cells that have been run
         shell.events.register("post_run_cell", self._ran)
@@ -185,13 +191,14 @@ class Notebook:
         if cell is None:
             cell = self._cells[header["msg_id"]] = self._cell(parent["metadata"], told.began)
             cell.over = header["msg_id"] in self._over
+        self._cells.move_to_end(header["msg_id"])
         told.where = cell
         cell.begin(told)
         return True
 
     def _cell(self, metadata: dict[str, Any], now: int) -> Cell:
         if len(self._cells) >= CELLS:
-            self._cells.popitem(last=False)
+            del self._cells[next((id for id, cell in self._cells.items() if not cell.running), next(iter(self._cells)))]
         publisher = self._shell.display_pub
         # JupyterLab, Notebook and VS Code name the cell; jupyter console and nbclient do not. The console ignores
         # updates, nbclient those that come after the end of the cell: a spinner would be left there for ever.
@@ -215,13 +222,7 @@ class Notebook:
         left = EACH_TICK
         for cell in self._cells.values():
             left -= cell.tick(now, left)
-        active = False
-        for id, cell in list(self._cells.items()):
-            if not cell.quiet(now):
-                active = True
-            elif cell.over:
-                del self._cells[id]
-        return PAUSE_S if active else None
+        return PAUSE_S if any(not cell.quiet(now) for cell in self._cells.values()) else None
 
     def _ran(self, result: object = None) -> None:
         """A cell has been run: IPython's event, before the front end hears of it."""
@@ -240,8 +241,11 @@ class Notebook:
                 cell.finish(self._clock())
 
     def close(self, now: int) -> None:
-        self._shell.events.unregister("post_run_cell", self._ran)
         for cell in self._cells.values():
             if not cell.over:
                 cell.finish(now)
+        self.abandon()
+
+    def abandon(self) -> None:
+        self._shell.events.unregister("post_run_cell", self._ran)
         self._cells.clear()

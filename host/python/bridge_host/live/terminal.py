@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from typing import TYPE_CHECKING, Any, Final
@@ -27,6 +28,10 @@ WINDOW_NS: Final = 1_000_000_000
 EACH_WINDOW: Final = 4  # settled lines a second; the others are counted, and told in one
 _STYLES: Final = {"ok": "green", "error": "red", "running": "blue", "queued": "blue"}
 _ERASE: Final = "\r\x1b[2K"
+# One for all: two hosts draw on one screen, and each writes through what the other has put before the streams.
+_LOCK: Final = threading.RLock()
+# Held while this process forks: a child whose copy some other thread held could never print again.
+os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release)
 
 
 class Terminal:
@@ -40,12 +45,12 @@ class Terminal:
 
     def __init__(self, waiting: Collection[object] | None = None) -> None:
         """Where there is a prompt, `waiting` is empty while somebody may type there: nothing is written then."""
-        self.lock = threading.RLock()
+        self.lock = _LOCK
         self._waiting = waiting
         self._told: dict[str, Told] = {}
-        self._console = Console(file=sys.stderr, highlight=False)
+        self._out: TextIO = _beneath(sys.stderr)
+        self._console = Console(file=self._out, highlight=False)
         self._animated = self._console.is_terminal and not self._console.is_dumb_terminal
-        self._out: TextIO = sys.stderr
         self._drawn = False
         self._midline = False
         self._between: tuple[_Between, ...] = ()
@@ -70,7 +75,8 @@ class Terminal:
         if now - told.began >= SLOW_NS and self._may_write():
             told.end(error, now)
             self._settle(told.line(now), now)
-        if not any(now - one.began >= SLOW_NS for one in self._told.values()):
+        oldest = next(iter(self._told.values()), None)
+        if oldest is None or now - oldest.began < SLOW_NS:
             self._say_unsaid()
             self._leave()
 
@@ -90,6 +96,10 @@ class Terminal:
 
     def close(self, now: int) -> None:
         self._say_unsaid()
+        self._leave()
+
+    def abandon(self) -> None:
+        self._told.clear()
         self._leave()
 
     def _may_write(self) -> bool:
@@ -171,19 +181,27 @@ class Terminal:
                 self._midline = not text.endswith("\n")
             return written
 
+    def make_room(self) -> None:
+        """Somebody is going to write where nobody sees it, `input()` for example: as after half a line."""
+        with self.lock:
+            self._erase()
+            self._midline = True
+
 
 class _Between:
     """Stands for stdout or stderr while a line is shown beneath what is printed."""
 
     def __init__(self, terminal: Terminal, name: str, stream: TextIO) -> None:
+        self.stream = stream
+        self.installed = True
         self._terminal = terminal
         self._name = name
-        self._stream = stream
 
     @classmethod
     def install(cls, terminal: Terminal) -> tuple[_Between, ...]:
         made = []
         for name in ("stdout", "stderr"):
+            _remove_ended(name)
             stream = getattr(sys, name)
             # What goes to a file goes there as before: it does not meet the line.
             if stream is not None and stream.isatty():
@@ -192,17 +210,37 @@ class _Between:
         return tuple(made)
 
     def uninstall(self) -> None:
-        if getattr(sys, self._name) is self:  # somebody may have put something else there meanwhile
-            setattr(sys, self._name, self._stream)
+        """Out of the way, unless somebody has put something before this one: then as soon as that is gone."""
+        self.installed = False
+        _remove_ended(self._name)
 
     def write(self, text: str) -> int:
-        return self._terminal.write_between(self._stream, text)
+        if not self.installed:  # somebody has kept it
+            return self.stream.write(text)
+        return self._terminal.write_between(self.stream, text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         self.write("".join(lines))
 
+    def fileno(self) -> int:
+        number = self.stream.fileno()
+        if self.installed:
+            self._terminal.make_room()
+        return number
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return getattr(self.stream, name)
+
+
+def _remove_ended(name: str) -> None:
+    while isinstance(stream := getattr(sys, name), _Between) and not stream.installed:
+        setattr(sys, name, stream.stream)
+
+
+def _beneath(stream: TextIO) -> TextIO:
+    while isinstance(stream, _Between):
+        stream = stream.stream
+    return stream
 
 
 def _text(line: Line) -> Text:

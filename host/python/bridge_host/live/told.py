@@ -59,7 +59,7 @@ class Told:
                 tokens += int(event.measurements.get("tokens", 0))
             elif event.name == _PROGRESS and not nested:
                 self._done, self._total = event.measurements.get("done"), event.measurements.get("total")
-                self._message = str(event.metadata.get("message") or "")
+                self._message = _in_one_line(str(event.metadata.get("message") or ""))
         self.lm_calls += calls
         self.tokens += tokens
         return calls, tokens
@@ -85,7 +85,7 @@ class Told:
         waits = client is None or client.closed is not None
         attached = None if client is None else client.attached
         return Line(
-            running.subject,
+            _in_one_line(running.subject),
             now - self.began,
             "queued" if waits else "running",
             kernel="" if attached is None else attached.kernel.id,
@@ -102,6 +102,11 @@ class Told:
 
 def _name_of(error: BaseException) -> str:
     return "bridge.Cancelled" if isinstance(error, asyncio.CancelledError) else type_of(error)
+
+
+def _in_one_line(text: str) -> str:
+    """A newline would move a terminal's line, and an escape sequence do whatever it likes there."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def _where(error: BaseException) -> str:

@@ -135,13 +135,16 @@ class Dispatcher:
         return self._lend(idle, ask, queued, alone=True) if idle else None
 
     def _lend(self, candidates: list[Kernel], ask: Ask, queued: int, *, alone: bool = False) -> Lease:
-        """Choose one of the candidates: that to avoid, and circuits, are respected where there is another."""
-        command, circuits = ask.command, self.circuits
+        """Choose one of the candidates: that to avoid, circuits and suspicions are respected where there is another."""
+        command, circuits, comparison = ask.command, self.circuits, self._comparison
         if len(candidates) > 1:
             if ask.avoid:
                 candidates = [kernel for kernel in candidates if kernel.id not in ask.avoid] or candidates
             if circuits.known:
                 candidates = [k for k in candidates if circuits.admits(k.id, command)] or candidates
+            if comparison is not None and comparison.suspecting:
+                at = self._clock()
+                candidates = [k for k in candidates if comparison.admits(k.id, command, at)] or candidates
         kernel = self._routing.choose(ask, candidates) if len(candidates) > 1 else candidates[0]
         client = kernel.client
         assert client is not None
@@ -167,7 +170,7 @@ class Dispatcher:
             if trace is not None:
                 said |= {"trace_id": trace.trace_id, "parent_span_id": trace.span_id}
             numbers = {"queue": queued, "candidates": len(candidates), "expected": round(expected * 1e9)}
-            self._telemetry.emit(ROUTE, numbers, said)
+            self._telemetry.tell(ROUTE, numbers, said)
         return Lease(kernel, client, ask, job, probe, alone)
 
     def release(self, lease: Lease, outcome: Outcome) -> None:
@@ -206,7 +209,7 @@ class Dispatcher:
 
     def _judge(self, kernel: Kernel, command: str, outcome: Outcome, *, probe: bool) -> None:
         for change in self.circuits.end(kernel.id, command, outcome, probe=probe):
-            self._telemetry.emit(
+            self._telemetry.tell(
                 ("bridge", "pool", "breaker", "open" if change.opened else "close"),
                 {"failures": change.failures, "cooldown": round(change.cooldown_s * 1e9)},
                 {"subject": change.command, "kernel": change.kernel, "reason": change.reason},
@@ -257,7 +260,7 @@ class Dispatcher:
             try:
                 self._queue.put(ask.session, waiter, wait_s=self.expected_wait_s())
             except QueueFull:
-                self._telemetry.emit(
+                self._telemetry.tell(
                     ("bridge", "pool", "queue", "reject"),
                     {"waiting": len(self._queue), "session_waiting": self._queue.waiting(ask.session)},
                     {"session": ask.session, "subject": ask.command},

@@ -101,7 +101,7 @@ class Health:
             self._on_gone(kernel, pulse.silent_s)
         elif verdict == "unresponsive" and not kernel.unresponsive:
             kernel.unresponsive = True
-            self._telemetry.emit(
+            self._telemetry.tell(
                 ("bridge", "kernel", "unresponsive"),
                 {"silence": round(pulse.silent_s * 1e9), "in_flight": kernel.in_flight},
                 {"kernel": kernel.id, "pid": kernel.pid, "reason": "silent"},
@@ -131,7 +131,7 @@ class Health:
                 return  # a kernel of another make: it has spoken, which is what counts
             if kernel.connected:
                 kernel.round_trip_s = self._clock() - began
-                self._telemetry.emit(
+                self._telemetry.tell(
                     ("bridge", "kernel", "memory"),
                     {
                         "rss": kernel.rss,

@@ -70,6 +70,14 @@ MORE: Final = 0.4
 CHANCE: Final = 1e-4
 """A difference that would come about more often than that where all kernels fail alike is no reason: judged after
 each call, a command that fails half of the time would soon have a kernel replaced for nothing."""
+TRIED: Final = (10, 300)
+"""How many calls elsewhere a trial takes, at least and at most."""
+LONGER: Final = 3
+"""So many times as many calls as raised the suspicion: that even LEAST errors cannot well be missing by chance."""
+GONE: Final = 1e-3
+"""How likely it may be, at most, that the errors are fewer since the trial began by chance alone."""
+PATIENCE_S: Final = 60.0
+"""A trial that has not had its calls after that time, or after ten times as long as the suspicion took, is given up."""
 MAX_COMMANDS: Final = 1024
 FIRST_PAUSE_S: Final = 60.0
 LAST_PAUSE_S: Final = 3600.0
@@ -116,9 +124,99 @@ class _Call(NamedTuple):
     began: float
     failed: bool
     session: str
+    number: int  # of all calls of that command, as they ended
 
 
 _Calls = dict[str, "deque[_Call]"]  # by kernel, the last ones
+
+
+class _Watch:
+    """The last calls of a command."""
+
+    __slots__ = ("ended", "kernels")
+
+    def __init__(self) -> None:
+        self.kernels: _Calls = {}
+        self.ended = 0
+
+
+class _Tally:
+    """How many calls there were, and how many of them failed."""
+
+    __slots__ = ("calls", "failures")
+
+    def __init__(self, calls: int = 0, failures: int = 0) -> None:
+        self.calls = calls
+        self.failures = failures
+
+    def add(self, failed: bool) -> None:
+        self.calls += 1
+        self.failures += failed
+
+    @property
+    def rate(self) -> float:
+        return self.failures / self.calls if self.calls else 0.0
+
+
+class _Trial:
+    """A command is kept off a kernel, to see whether its errors stay away too."""
+
+    __slots__ = (
+        "before",
+        "began",
+        "elsewhere",
+        "enough",
+        "everywhere",
+        "here",
+        "kernel",
+        "least",
+        "most",
+        "peers",
+        "who",
+    )
+
+    def __init__(
+        self,
+        kernel: str,
+        here: _Tally,
+        before: _Tally,
+        who: frozenset[str] | None,
+        peers: set[str],
+        since: float,
+        now: float,
+    ) -> None:
+        self.kernel = kernel
+        self.here = here  # on the suspected kernel, before
+        self.before = before  # on all kernels, before
+        self.who = who  # the sessions whose calls count; None: any
+        self.peers = peers
+        self.began = now
+        took = min(now - since, LAST_PAUSE_S / 10)
+        self.least, self.most = now + took, now + max(PATIENCE_S, 10 * took)
+        self.enough = min(max(LONGER * before.calls, TRIED[0]), TRIED[1])
+        self.elsewhere = _Tally()
+        self.everywhere = _Tally()
+
+    def add(self, kernel: str, failed: bool, session: str, began: float) -> None:
+        if kernel != self.kernel:
+            self.peers.add(kernel)
+        if began < self.began or (self.who is not None and session not in self.who):
+            return
+        self.everywhere.add(failed)
+        if kernel != self.kernel:
+            self.elsewhere.add(failed)
+
+    def decided(self, now: float) -> bool:
+        return self.elsewhere.calls >= self.enough and now >= self.least
+
+    @property
+    def guilty(self) -> bool:
+        """Whether the errors went away with the kernel, and did not merely go elsewhere with the calls."""
+        before, since = self.before, self.everywhere
+        return (
+            self.here.rate >= self.elsewhere.rate + MORE
+            and _by_chance(before.failures, before.calls, since.failures, since.calls) <= GONE
+        )
 
 
 class Comparison:
@@ -129,15 +227,38 @@ class Comparison:
     pinned to: as long as there are no calls of those sessions elsewhere, begun since, that went well, nothing is judged.
     With one kernel nothing ever is: its past does not tell whether it or the world has changed.
 
-    A command that had a kernel replaced has no other replaced for a minute, and each time that doubles, up to an hour.
+    More errors here than elsewhere only raise a suspicion, since calls do not reach kernels independently of their
+    input: where the good ones take long and the bad ones fail at once, all of the bad ones meet the idle kernel. So a
+    trial follows. The command is kept off the kernel (see `admits`), and what begins from then on is counted: three
+    times as many calls, over at least as long, as raised the suspicion, for at most a minute or ten times as long. If
+    the errors stay away, it was the kernel. If they turn up elsewhere, or too few calls come, the suspicion is dropped.
+
+    A command that had a kernel tried has no other tried for a minute after that, and each time that doubles, up to an
+    hour.
     """
 
     def __init__(self) -> None:
-        self._watched: OrderedDict[str, _Calls] = OrderedDict()
+        self._watched: OrderedDict[str, _Watch] = OrderedDict()
+        self._trials: OrderedDict[str, _Trial] = OrderedDict()  # by command, which is not watched meanwhile
         self._pauses: OrderedDict[str, tuple[float, float]] = OrderedDict()  # by command: until when, how long
 
     def __len__(self) -> int:
-        return len(self._watched)
+        return len(self._watched) + len(self._trials)
+
+    @property
+    def suspecting(self) -> bool:
+        """Whether `admits` could say no."""
+        return bool(self._trials)
+
+    def admits(self, kernel: str, command: str, now: float) -> bool:
+        """Whether the command may go to that kernel; not if there is a trial, unless it has taken too long."""
+        trial = self._trials.get(command)
+        if trial is None:
+            return True
+        if now >= trial.most:
+            self._end(command, now)
+            return True
+        return kernel != trial.kernel
 
     def add(
         self, kernel: str, command: str, session: str, outcome: Outcome, *, began: float, now: float
@@ -146,34 +267,44 @@ class Comparison:
         if outcome != "ok" and outcome not in FAILED:
             return None
         failed = outcome != "ok"
-        kernels = self._watched.get(command)
-        if kernels is None:
+        if (trial := self._trials.get(command)) is not None:
+            trial.add(kernel, failed, session, began)
+            return self._decide(command, trial, now)
+        watch = self._watched.get(command)
+        if watch is None:
             if not failed:
                 return None
-            kernels = self._watched[command] = {}
+            watch = self._watched[command] = _Watch()
             if len(self._watched) > MAX_COMMANDS:
                 self._watched.popitem(last=False)
-        calls = kernels.get(kernel)
+        calls = watch.kernels.get(kernel)
         if calls is None:
-            calls = kernels[kernel] = deque(maxlen=LAST)
-        calls.append(_Call(began, failed, session))
-        verdict = self._judge(command, kernels, now)
-        if verdict is not None:
-            self._pause(command, now)
+            calls = watch.kernels[kernel] = deque(maxlen=LAST)
+        watch.ended += 1
+        calls.append(_Call(began, failed, session, watch.ended))
+        if (trial := self._suspect(command, watch, now)) is not None:
+            self._trials[command] = trial
+            if len(self._trials) > MAX_COMMANDS:
+                self._trials.popitem(last=False)
             del self._watched[command]
-        elif not failed and not any(call.failed for calls in kernels.values() for call in calls):
+        elif not failed and not any(call.failed for calls in watch.kernels.values() for call in calls):
             del self._watched[command]
-        return verdict
+        return None
 
     def forget(self, kernel: str) -> None:
         """That kernel has gone."""
-        for command in [command for command, kernels in self._watched.items() if kernel in kernels]:
-            kernels = self._watched[command]
+        for command in [command for command, watch in self._watched.items() if kernel in watch.kernels]:
+            kernels = self._watched[command].kernels
             del kernels[kernel]
             if not kernels:
                 del self._watched[command]
+        for command, trial in list(self._trials.items()):
+            trial.peers.discard(kernel)
+            if trial.kernel == kernel or not trial.peers:
+                del self._trials[command]
 
-    def _judge(self, command: str, kernels: _Calls, now: float) -> Verdict | None:
+    def _suspect(self, command: str, watch: _Watch, now: float) -> _Trial | None:
+        kernels = watch.kernels
         if len(kernels) < 2:
             return None
         pause = self._pauses.get(command)
@@ -184,23 +315,42 @@ class Comparison:
             if failures < LEAST or failures < RATE * len(calls):
                 continue
             since = min(call.began for call in calls if call.failed)
-            sessions = {call.session for call in calls if call.failed}
-            peers = [
-                call.failed
-                for call in _elsewhere(kernels, kernel)
-                if call.began >= since and (call.session in sessions or len(sessions) >= SEVERAL)
-            ]
+            sessions = frozenset(call.session for call in calls if call.failed)
+            several = len(sessions) >= SEVERAL
+            others = [call for call in _elsewhere(kernels, kernel) if call.began >= since]
+            peers = [call.failed for call in others if several or call.session in sessions]
             if len(peers) < LEAST:
                 continue
-            here, there = failures / len(calls), sum(peers) / len(peers)
-            if here >= there + MORE and _by_chance(failures, len(calls), sum(peers), len(peers)) <= CHANCE:
-                return Verdict(
-                    kernel,
-                    f"errors: {here:.2f} of the last {len(calls)} calls of {command} failed here, {there:.2f} elsewhere",
-                )
+            here, there = _Tally(len(calls), failures), _Tally(len(peers), sum(peers))
+            if (
+                here.rate < there.rate + MORE
+                or _by_chance(here.failures, here.calls, there.failures, there.calls) > CHANCE
+            ):
+                continue
+            # Busy peers had more calls meanwhile than are kept: as many more count as went well or failed.
+            first = min(call.number for call in calls if call.failed)
+            met = sum(call.number >= first for call in calls)
+            more = max(1.0, (watch.ended - first + 1 - met) / len(others))
+            before = _Tally(met + round(more * there.calls), failures + round(more * there.failures))
+            return _Trial(kernel, here, before, None if several else sessions, set(kernels) - {kernel}, since, now)
         return None
 
-    def _pause(self, command: str, now: float) -> None:
+    def _decide(self, command: str, trial: _Trial, now: float) -> Verdict | None:
+        decided = trial.decided(now)
+        if not decided and now < trial.most:
+            return None
+        self._end(command, now)
+        if not decided or not trial.guilty:
+            return None
+        here, there = trial.here, trial.elsewhere
+        return Verdict(
+            trial.kernel,
+            f"errors: {here.rate:.2f} of the last {here.calls} calls of {command} failed here, "
+            f"{there.rate:.2f} elsewhere",
+        )
+
+    def _end(self, command: str, now: float) -> None:
+        del self._trials[command]
         _, last = self._pauses.get(command, (0.0, 0.0))
         pause = min(last * 2, LAST_PAUSE_S) if last else FIRST_PAUSE_S
         self._pauses[command] = (now + pause, pause)

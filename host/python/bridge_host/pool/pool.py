@@ -121,7 +121,7 @@ class Pool:
             raise ValueError(f"a pool has 0 kernels or more, not {count}")
         self._require_open()
         before = self._roster.wanted
-        self._telemetry.emit(("bridge", "pool", "scale"), {"before": before, "wanted": count}, {"reason": "asked"})
+        self._telemetry.tell(("bridge", "pool", "scale"), {"before": before, "wanted": count}, {"reason": "asked"})
         if count >= before:
             await self._roster.start(count - before)
         else:

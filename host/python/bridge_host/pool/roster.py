@@ -108,7 +108,7 @@ class Roster:
 
     async def _sweep(self) -> None:
         for swept in await anyio.to_thread.run_sync(sweep):
-            self._telemetry.emit(
+            self._telemetry.tell(
                 ("bridge", "pool", "sweep"), {"killed": len(swept.killed)}, {"host": swept.host, "reason": "orphaned"}
             )
 
@@ -136,7 +136,7 @@ class Roster:
             raise
         self._welcome(kernel, client, process.connection_file)
         self._failures = 0
-        self._telemetry.emit(
+        self._telemetry.tell(
             ("bridge", "kernel", "start"),
             {"duration": time.perf_counter_ns() - began, "system_time": time.time_ns()},
             {"kernel": kernel.id, "pid": kernel.pid, "spare": kernel.spare, "deaths": deaths},
@@ -181,7 +181,7 @@ class Roster:
         self.lose(kernel, died, "exit")
         if kernel in self.kernels:
             self.kernels.remove(kernel)
-        self._telemetry.emit(
+        self._telemetry.tell(
             ("bridge", "kernel", "stop"),
             {"duration": round(kernel.age_s * 1e9), "system_time": time.time_ns(), "lost": kernel.casualties},
             {
@@ -228,7 +228,7 @@ class Roster:
         self.desk.forget(kernel.id)
         if kernel.process is None:
             self.kernels.remove(kernel)
-            self._telemetry.emit(
+            self._telemetry.tell(
                 ("bridge", "kernel", "stop"),
                 {"duration": round(kernel.age_s * 1e9), "system_time": time.time_ns(), "lost": kernel.casualties},
                 {"kernel": kernel.id, "pid": kernel.pid, "expected": False, "reason": reason},
@@ -334,7 +334,7 @@ class Roster:
         async with self._replacing:
             if kernel.leaving or kernel.lost:
                 return
-            self._telemetry.emit(
+            self._telemetry.tell(
                 ("bridge", "pool", "recycle"),
                 {
                     "completed": kernel.completed,

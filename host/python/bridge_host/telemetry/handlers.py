@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import itertools
 import threading
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from bridge_kernel.contract.errors import type_of
@@ -40,6 +43,8 @@ class Handlers:
         """See `Telemetry.attach`."""
         if not callable(handler):
             raise TypeError(f"a handler is a function that takes an event, not {handler!r}")
+        if inspect.iscoroutinefunction(handler):
+            raise TypeError(f"a handler is called, not awaited: {handler!r} is asynchronous; put events in a queue")
         with self._lock:
             if id is None:
                 id = f"handler-{next(self._ids)}"
@@ -66,10 +71,12 @@ class Handlers:
             if event.name[: len(prefix)] == prefix:
                 try:
                     handler(event)
-                except Exception as exc:  # noqa: BLE001 - somebody else's handler: it is detached, and said to be
+                # A CancelledError is its own too: nothing is awaited here. It is detached, and said to be.
+                except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001 - somebody else's handler
                     if self.detach(id):
                         failed.append((id, type_of(exc)))
-                        warnings.warn(f"telemetry handler {id!r} raised {exc!r} and was detached", stacklevel=4)
+                        with suppress(Warning):  # where warnings are errors, it would break the command after all
+                            warnings.warn(f"telemetry handler {id!r} raised {exc!r} and was detached", stacklevel=4)
         return failed
 
     def __len__(self) -> int:

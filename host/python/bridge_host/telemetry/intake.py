@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict, deque
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from bridge_kernel.contract.catalogue import from_kernel, problem
+from bridge_kernel.contract.frames import UNDECODABLE
 from bridge_kernel.contract.line import Line
 from bridge_kernel.contract.secrets import without_secrets
-from bridge_kernel.contract.telemetry import CAPTURED, TELEMETRY_MIME, Event, EventBatch
+from bridge_kernel.contract.telemetry import TELEMETRY_MIME, Event, EventBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +25,8 @@ __all__ = ("Intake",)
 
 REMEMBERED: Final = 10_000
 MAX_UNREAD: Final = 256
+MAX_WAITING: Final = 10_000  # displays that wait for a handler on another thread; the oldest make room
+MAX_LINE: Final = 1000  # characters: a kernel's own line is shorter
 SYNC_S: Final = 1.0
 _LAST: Final = (("bridge", "execution", "stop"), ("bridge", "execution", "exception"))
 
@@ -41,6 +46,7 @@ class _Display(msgspec.Struct):
 
 
 _decode_display: Final = msgspec.json.Decoder(_Display).decode
+log: Final = logging.getLogger(__name__)
 
 
 class Intake:
@@ -56,8 +62,13 @@ class Intake:
         self._lines: OrderedDict[str, str | Event] = OrderedDict()
         """What is told of each command: a line, or the event from which it is made when somebody looks."""
         self._unread: deque[bytes] = deque()
-        self._reading = threading.RLock()  # a handler may look at the telemetry
-        self._depth = 0
+        self._reading = threading.Lock()
+        self._reader = 0
+        """The thread that reads: what its handlers look at is what has been read so far."""
+        self.dropped = 0
+        """Displays that there was no room for, because a handler took too long."""
+        self.refused = 0
+        """Events that no kernel can have measured."""
         self._expected: OrderedDict[str, None] = OrderedDict()
         self._settled: OrderedDict[str, None] = OrderedDict()
         self._waiting = 0
@@ -71,6 +82,11 @@ class Intake:
 
     def take_display(self, content: bytes) -> None:
         """Take what a kernel displays for one command: the content of a display message, read later."""
+        if len(self._unread) >= MAX_WAITING:
+            self._unread.popleft()
+            self.dropped += 1
+            if self.dropped == 1:
+                log.warning("a telemetry handler takes too long: what kernels tell is dropped")
         self._unread.append(content)
         if self._waiting:
             with self._arrived:
@@ -90,62 +106,98 @@ class Intake:
         with self._lock:
             for display_id in [id for id in self._expected if id.startswith(prefix)]:
                 del self._expected[display_id]
+        with self._arrived:
+            self._arrived.notify_all()
 
     def sync(self) -> None:
-        """Wait until the telemetry of every command that has been answered is here: a millisecond, 1 s at most."""
+        """Wait until the telemetry of every command that has been answered is here: a millisecond, 1 s at most.
+
+        What has not come by then is not waited for again.
+        """
+        with self._lock:
+            wanted = list(self._expected)
         self.read()
-        if not self._expected or self._depth:
+        if not wanted or self._reader == threading.get_ident():
             return
         until = time.monotonic() + SYNC_S
         if self._pump is not None and threading.get_ident() == self._loop_thread:
-            while self._expected and time.monotonic() < until:
+            while self._missing(wanted) and time.monotonic() < until:
                 self._pump()  # nobody else reads the sockets while the loop's own thread waits here
                 self.read()
-            return
-        self._waiting += 1
+        else:
+            self._wait(wanted, until)
+        with self._lock:
+            for display_id in wanted:
+                self._expected.pop(display_id, None)
+
+    def _wait(self, wanted: list[str], until: float) -> None:
+        with self._arrived:
+            self._waiting += 1
         try:
-            while self._expected and (left := until - time.monotonic()) > 0:
+            while self._missing(wanted) and (left := until - time.monotonic()) > 0:
                 with self._arrived:
-                    if not self._unread:
+                    # Told of what arrives, and when another thread has read.
+                    if self._missing(wanted) and (not self._unread or self._reading.locked()):
                         self._arrived.wait(left)
                 self.read()
         finally:
-            self._waiting -= 1
+            with self._arrived:
+                self._waiting -= 1
+
+    def _missing(self, wanted: list[str]) -> bool:
+        return any(display_id in self._expected for display_id in wanted)
 
     def read(self) -> None:
-        """Read what was taken and not yet read."""
-        if not self._unread:
-            return
-        with self._reading:
-            self._depth += 1
+        """Read what was taken and not yet read. If another thread does, or a handler that it calls, that one goes on.
+
+        It never waits for the one that reads: that may be in a handler, which may wait for who calls this.
+        """
+        while self._unread and self._reading.acquire(blocking=False):
+            self._reader = threading.get_ident()
             try:
-                while self._unread:
-                    try:
-                        display = _decode_display(self._unread.popleft())
-                    except msgspec.MsgspecError:
-                        continue  # display data of some other kind
-                    self._take_batches(display)
+                self._read_all()
             finally:
-                self._depth -= 1
+                self._reader = 0
+                self._reading.release()
+                if self._waiting:
+                    with self._arrived:
+                        self._arrived.notify_all()
+
+    def _read_all(self) -> None:
+        while self._unread:
+            try:
+                display = _decode_display(self._unread.popleft())
+            except UNDECODABLE:
+                continue  # display data of some other kind
+            self._take_batches(display)
 
     def _take_batches(self, display: _Display) -> None:
         id, batches = display.transient.display_id, display.data.batches
         if len(batches) == 1:
-            self._take_batch(id, batches[0], display.data.text)
+            self._take_batch(id, batches[0], display.data.text[:MAX_LINE])
             return
         prefix = id.rpartition("-")[0]
         for batch in batches:
             self._take_batch(f"{prefix}-{batch.command}", batch, None)
 
     def _take_batch(self, id: str, batch: EventBatch, told: str | Event | None) -> None:
+        secrets = self.secrets_of(str(batch.metadata.get("session", "")))
+        if secrets:
+            batch = _redacted(batch, secrets)
+            told = without_secrets(told, secrets) if isinstance(told, str) else told
         for event in batch.whole():
-            self._take(event if CAPTURED.isdisjoint(event.metadata) else self._redacted(event))
+            if not from_kernel(event):
+                self.refused += 1
+                continue
+            self._take(event)
             if told is None and event.name in _LAST:
                 told = event
         if self.on_batch is not None:
             self.on_batch(id, batch)
         if batch.dropped:
-            self._take(Event(("bridge", "telemetry", "drop"), {"events": batch.dropped}, dict(batch.metadata)))
+            drop = Event(("bridge", "telemetry", "drop"), {"events": batch.dropped}, dict(batch.metadata))
+            if problem(drop) is None:  # it is of a kernel, after all
+                self._take(drop)
         with self._lock:
             if told is not None:
                 self._lines[id] = told
@@ -154,19 +206,9 @@ class Intake:
                 self._settled[id] = None  # it came before the answer was looked at
                 _bound(self._settled, MAX_UNREAD)
 
-    def _redacted(self, event: Event) -> Event:
-        """Once more, here: a kernel knows only the secrets that it was sent with the command."""
-        secrets = self.secrets_of(str(event.metadata.get("session", "")))
-        metadata: dict[str, Scalar] = {
-            name: without_secrets(value, secrets) if name in CAPTURED and isinstance(value, str) else value
-            for name, value in event.metadata.items()
-        }
-        return Event(event.name, event.measurements, metadata)
-
-    def settle(self, display_id: str, line: str, event: Event) -> None:
-        """Say of a command what its kernel can no longer say: its last line and its last event."""
+    def settle(self, display_id: str, line: str) -> None:
+        """Say of a command what its kernel can no longer say: its last line."""
         self.read()
-        self._take(event)
         with self._lock:
             self._lines[display_id] = line
 
@@ -178,18 +220,38 @@ class Intake:
 
 
 def line_of(event: Event) -> Line:
-    """The settled line of a command, from its last event."""
+    """The settled line of a command, from its last event: as much as its kernel has said of it."""
     measured, said = event.measurements, event.metadata
     return Line(
-        str(said["subject"]),
-        int(measured["duration"]),
+        str(said.get("subject") or ""),
+        int(measured.get("duration", 0)),
         "ok" if event.name[-1] == "stop" else "error",
-        kernel=str(said["kernel"]),
+        kernel=str(said.get("kernel") or ""),
         callbacks=int(measured.get("callbacks", 0)),
         lm_calls=int(measured.get("lm_calls", 0)),
         tokens=int(measured.get("tokens", 0)),
         error=str(said.get("error") or ""),
     )
+
+
+def _redacted(batch: EventBatch, secrets: tuple[str, ...]) -> EventBatch:
+    """Once more, here: a kernel knows only the secrets that it was sent with the command."""
+
+    def said(metadata: dict[str, Scalar]) -> dict[str, Scalar]:
+        return {
+            without_secrets(name, secrets): without_secrets(value, secrets) if isinstance(value, str) else value
+            for name, value in metadata.items()
+        }
+
+    events = tuple(
+        Event(
+            tuple(without_secrets(word, secrets) for word in event.name),
+            {without_secrets(name, secrets): number for name, number in event.measurements.items()},
+            said(event.metadata),
+        )
+        for event in batch.events
+    )
+    return EventBatch(batch.command, said(batch.metadata), events, batch.dropped, batch.settled)
 
 
 def _bound(table: OrderedDict[str, Any], most: int) -> None:

@@ -20,18 +20,20 @@ __all__ = ("SessionTelemetry",)
 class SessionTelemetry:
     """Of one session."""
 
+    __slots__ = ("_state", "_telemetry")  # a misspelt name is an error, not a switch that switches nothing
+
     def __init__(self, telemetry: Telemetry, state: SessionState) -> None:
         self._telemetry = telemetry
         self._state = state
 
     @property
-    def capture(self) -> set[Capture]:
+    def capture(self) -> frozenset[Capture]:
         """Which values events may hold: "arguments", "results", "prompts", "completions"; none unless they are set.
 
         Each is clipped at 4,096 characters, secrets are redacted. It is not kept in the store: a session that is
         opened again captures nothing.
         """
-        return set(self._state.capture)
+        return self._state.capture
 
     @capture.setter
     def capture(self, what: Iterable[Capture]) -> None:

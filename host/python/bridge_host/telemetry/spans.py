@@ -113,7 +113,7 @@ class Span:
         _CURRENT.set(self._outer)
         if error is not None:
             self.metadata["error"] = type_of(error)
-        self._emit("stop" if error is None else "exception", {"duration": duration}, self.metadata)
+        self._emit("stop" if error is None else "exception", {"duration": duration}, dict(self.metadata))
 
     def _emit(self, last: str, measurements: dict[str, int | float], metadata: dict[str, Scalar]) -> None:
         if self._trace.sampled:

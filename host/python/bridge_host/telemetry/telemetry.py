@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -16,7 +17,6 @@ from .spans import Span, Tracer
 from .usage import Usage
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterable, Mapping
 
     from bridge_kernel.contract.telemetry import Capture, Scalar
@@ -52,6 +52,8 @@ class Telemetry:
         self.usage = Usage()
         self.snapshots = Snapshots(self.metrics)
         """Where pages that show the host get what they show."""
+        self.counting: list[Callable[[Event], None]] = []
+        """Who else counts the events of traces that are not recorded."""
         self._events: deque[Event] = deque(maxlen=REMEMBERED)
         self._handlers = Handlers()
         self._switching = threading.Lock()
@@ -76,10 +78,16 @@ class Telemetry:
         """Stop calling the handler; does nothing if there is none of this id."""
         self._handlers.detach(id)
 
-    def emit(
+    def emit(self, name: str, measurements: Mapping[str, int | float] | None = None, **metadata: Scalar) -> None:
+        """Emit an event of yours, `["bridge", "user", name]`, as `ctx.emit` does in a kernel."""
+        if not isinstance(name, str):
+            raise TypeError(f"the name of an event is a text, not {name!r}: it becomes ['bridge', 'user', name]")
+        self.tell(("bridge", "user", name), measurements or {}, metadata)
+
+    def tell(
         self, name: tuple[str, ...], measurements: Mapping[str, int | float], metadata: Mapping[str, Scalar]
     ) -> None:
-        """Emit an event of the host's own; of yours, name it `("bridge", "user", …)`."""
+        """Take an event of Bridge's own, unless it is switched off."""
         if self._off and begins_with_any(name, self._off):
             return
         self.take(Event(name, dict(measurements), dict(metadata)))
@@ -112,6 +120,8 @@ class Telemetry:
         if not (self._off and begins_with_any(event.name, self._off)):
             self.metrics.take(event)
             self.snapshots.note(event)
+            for count in tuple(self.counting):
+                count(event)
 
     def _take_unless_off(self, event: Event) -> None:
         if not (self._off and begins_with_any(event.name, self._off)):
@@ -150,17 +160,18 @@ class Telemetry:
 
     def options(self, capture: frozenset[Capture]) -> TelemetryOptions | None:
         """What a command tells its kernel; None if it is what a kernel does anyway."""
+        known = self._options  # looked at before `_off`: what is made of an old one goes where nobody looks any more
         try:
-            return self._options[capture]
+            return known[capture]
         except KeyError:
-            made = TelemetryOptions(self._off, tuple(sorted(capture))) if self._off or capture else None
-            self._options[capture] = made
+            off = self._off
+            made = known[capture] = TelemetryOptions(off, tuple(sorted(capture))) if off or capture else None
             return made
 
     @property
     def silent(self) -> bool:
         """Whether everything is switched off."""
-        return _EVERYTHING in self._off
+        return begins_with_any(_EVERYTHING, self._off)
 
     # -- what happened -----------------------------------------------------------
 
@@ -271,10 +282,13 @@ class Telemetry:
         """
         from .export.otel import OpenTelemetry
 
+        named = endpoint is not None or any(name.startswith("OTEL_EXPORTER_OTLP") for name in os.environ)
+        if options.get("prometheus") is not None and not named:
+            options = {"traces": False, "metrics": False, "logs": False, **options}  # it asks, nothing is sent
         return self._export(OpenTelemetry(self, endpoint, **options))
 
     def _export(self, exporter: Exporter) -> Exporter:
-        self._exporters.append(exporter)
+        self._exporters = [*(other for other in self._exporters if not other.closed), exporter]
         return exporter
 
     def close(self) -> None:

@@ -89,7 +89,7 @@ def _messages(text: str, role: str) -> str:
     """What was captured, as the conventions want it: messages with parts. What was clipped is one text."""
     try:
         captured = msgspec.json.decode(text)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):  # clipped; or nested deeper than can be read
         captured = text
     if not isinstance(captured, list):
         captured = [captured]

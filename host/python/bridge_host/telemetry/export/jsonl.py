@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import stat
 import time
 from typing import TYPE_CHECKING, Final, Self
 
@@ -72,6 +74,7 @@ class JsonLines:
         self._max_bytes = max_bytes
         self._file: int | None = None
         self._size = 0
+        self._rotates = True
         self._written = 0
         self._unwritten = 0
         self._untold = 0
@@ -103,6 +106,10 @@ class JsonLines:
             self._let_go()
         # Else its thread hangs in a write, on a file system that is gone: the file is that thread's.
 
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
     def __enter__(self) -> Self:
         return self
 
@@ -129,6 +136,8 @@ class JsonLines:
             if self._gone() and time.monotonic() >= self._again_at:
                 self._open()
             while self._file is not None and done < len(lines):
+                if not self._rotates:
+                    self._size = 0
                 if self._size and self._size + len(lines[done]) > self._max_bytes:
                     self._rotate()
                 count, room = done, self._max_bytes - self._size
@@ -175,7 +184,9 @@ class JsonLines:
 
     def _open(self) -> None:
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._size = os.fstat(self._file).st_size
+        about = os.fstat(self._file)
+        self._size = about.st_size
+        self._rotates = stat.S_ISREG(about.st_mode)  # /dev/null and its like must stay where they are
         # A line that was cut off, by a full disk or a crash, must not swallow the next one.
         if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
             self._append(b"\n")
@@ -202,4 +213,12 @@ def _line(at: int, event: Event, dropped: int) -> bytes:
 
 
 def _plain(members: Mapping[str, object]) -> dict[str, object]:
-    return {str(k): v if v is None or isinstance(v, str | int | float) else str(v) for k, v in members.items()}
+    return {str(name): _plain_value(value) for name, value in members.items()}
+
+
+def _plain_value(value: object) -> object:
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return f"an integer of {value.bit_length()} bits"  # in digits it may be too long for Python
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # as msgspec has it: JSON has no word for it
+    return value if value is None or isinstance(value, str | int | float) else str(value)

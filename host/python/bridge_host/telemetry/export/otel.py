@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from bridge_kernel._version import __version__
 from bridge_kernel.contract.secrets import forms_of
+from bridge_kernel.contract.telemetry import Event
 
 from .feed import Feed, warn
 
@@ -40,14 +41,13 @@ if TYPE_CHECKING:
     from opentelemetry._logs import Logger
     from opentelemetry.sdk.trace import ReadableSpan
 
-    from bridge_kernel.contract.telemetry import Event
-
     from ..telemetry import Telemetry
     from .feed import Taken
 
 __all__ = ("OpenTelemetry",)
 
 SCOPE: Final = "bridge"
+_UNRECORDED: Final = "(unrecorded)"
 CLOSE_S: Final = 5.0
 MAX_WAITING: Final = 8192
 BATCH: Final = 512
@@ -134,6 +134,7 @@ class OpenTelemetry:
         self._feed = Feed("bridge-otel", self._take)
         self._id = telemetry.attach((), self._feed.put)
         if self._figures is not None:
+            telemetry.counting.append(self._count)
             for event in telemetry.events("bridge", "kernel"):  # kernels that were there before
                 self._figures.place(event)
         self._outside_before = telemetry.tracer.outside
@@ -163,6 +164,10 @@ class OpenTelemetry:
 
     # -- in ----------------------------------------------------------------------
 
+    def _count(self, event: Event) -> None:
+        """Take an event of a trace that is not recorded: the metrics are of all commands, as the figures are."""
+        self._feed.put(Event((_UNRECORDED, *event.name), event.measurements, event.metadata))
+
     def _outside(self) -> str | None:
         """The W3C header of the span that is current in the host's own OpenTelemetry."""
         if self._closed:
@@ -176,13 +181,19 @@ class OpenTelemetry:
     # -- out, on the feed's thread -----------------------------------------------
 
     def _take(self, taken: Taken, dropped: int) -> None:
+        if dropped and self._figures is not None:
+            self._figures.forget()
         for at, event in taken:
             try:
                 self._take_one(at, event)
-            except (KeyError, TypeError, ValueError):  # a kernel, or a user, emits what is not as the catalogue says
+            except (KeyError, TypeError, ValueError, OverflowError):  # not as the catalogue says: a kernel's, a user's
                 self._malformed += 1
 
     def _take_one(self, at: int, event: Event) -> None:
+        if event.name[:1] == (_UNRECORDED,):
+            if self._figures is not None:
+                self._figures.take(Event(event.name[1:], event.measurements, event.metadata))
+            return
         if self._spans is not None:
             self._spans.take(at, event)
         if self._figures is not None:
@@ -241,10 +252,16 @@ class OpenTelemetry:
             tracer.outside = self._outside_before
         self._telemetry.sync()
         self._telemetry.detach(self._id)
+        if self._count in self._telemetry.counting:
+            self._telemetry.counting.remove(self._count)
         self._feed.close(until - time.monotonic())
         self._delivery.hurry(until - time.monotonic())
         _all(self._shutdowns, until - time.monotonic())
         self._stop_serving()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def __enter__(self) -> Self:
         return self
@@ -273,9 +290,7 @@ def _shown(endpoint: str | None, headers: Mapping[str, str]) -> tuple[str, tuple
     address = endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or "http://localhost:4318"
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(
-            f"an endpoint is an address like http://127.0.0.1:4318, not one that begins with {parts.scheme!r}"
-        )
+        raise ValueError(f"an endpoint is an address like http://127.0.0.1:4318, not {endpoint!r}")
     secrets = [*headers.values(), parts.query, parts.password or "", parts.username or ""]
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", forms_of(secrets)
 

@@ -10,7 +10,7 @@ from opentelemetry._logs import LogRecord, SeverityNumber
 from opentelemetry.context import Context
 from opentelemetry.trace import NonRecordingSpan, set_span_in_context
 
-from .otel_spans import attributes_of, span_context
+from .otel_spans import MAX_TIME, attributes_of, span_context
 from .otel_values import carried, carried_text
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def record_of(at: int, event: Event) -> LogRecord | None:
     if around is not None:
         where = set_span_in_context(NonRecordingSpan(around), where)
     return LogRecord(
-        timestamp=int(event.measurements.get("system_time", at)),
+        timestamp=min(max(int(event.measurements.get("system_time", at)), 0), MAX_TIME),
         context=where,
         severity_number=severity,
         severity_text=text,

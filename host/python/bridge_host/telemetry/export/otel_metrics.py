@@ -125,6 +125,14 @@ class Figures:
         elif last == "memory":
             _put(self._kernels, kernel, int(event.measurements["rss"]), MAX_KERNELS)
 
+    def forget(self) -> None:
+        """Take nothing for running or living: ends were dropped, and what they were of would be counted for ever.
+
+        Kernels that live say so with their next heartbeat.
+        """
+        self._running.clear()
+        self._kernels.clear()
+
     def _take_command(self, event: Event) -> None:
         self._running.pop(str(event.metadata["command_id"]), None)
         said = self._of(event)

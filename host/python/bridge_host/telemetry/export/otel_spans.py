@@ -26,9 +26,12 @@ __all__ = ("Spans", "attributes_of", "span_context")
 
 MAX_OPEN: Final = 10_000
 MAX_EVENTS: Final = 128  # of one span, as OpenTelemetry's own default
+MAX_TIME: Final = 2**63 - 1
+"""ns since the epoch. OTLP has 64 bits without a sign, and one span that does not fit costs its whole batch."""
 
 _LM: Final = ("bridge", "dspy", "lm")
 _EXECUTION: Final = ("bridge", "execution")
+_USER: Final = ("bridge", "user")
 
 # Who asks another process is its client; what a tool does is internal, so say the GenAI conventions.
 _KINDS: Final = {
@@ -83,8 +86,10 @@ class Spans:
         if not isinstance(trace_id, str) or not isinstance(span_id, str):
             return
         key, name, last = (trace_id, span_id), event.name[:-1], event.name[-1]
+        if event.name[:2] == _USER:
+            last = ""  # it may be called "stop", but says of the span in which it was emitted, and ends none
         if last == "start":
-            started = int(event.measurements.get("system_time", at))
+            started = _time(event.measurements.get("system_time", at))
             self._open[key] = _Open(name, started, event.metadata)
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)
@@ -94,18 +99,18 @@ class Spans:
             around.events.append((at, event))
 
     def _end(self, key: tuple[str, str], at: int, event: Event) -> None:
-        name, duration = event.name[:-1], int(event.measurements["duration"])
+        name, duration = event.name[:-1], _time(event.measurements["duration"])
         begun = self._open.pop(key, None)
         if begun is None and name == _EXECUTION:
             key, begun = self._abandoned(key, event)
         if begun is None:  # its start was switched off, or dropped
-            begun = _Open(name, at - duration, {})
+            begun = _Open(name, _time(at - duration), {})
         metadata = {**begun.metadata, **event.metadata}
         parent = metadata.get("parent_span_id")
         context = span_context(*key)
         if context is None:
             return
-        ended = begun.started + duration
+        ended = _time(begun.started + duration)
         error = metadata.get("error") if event.name[-1] == "exception" else None
         said = attributes_of(event, metadata)
         if error is not None:
@@ -171,6 +176,10 @@ def span_context(trace_id: str, span_id: str) -> SpanContext | None:
     except ValueError:
         return None
     return context if context.is_valid else None
+
+
+def _time(ns: float) -> int:
+    return min(max(int(ns), 0), MAX_TIME)
 
 
 def _title(name: tuple[str, ...], metadata: Mapping[str, Scalar]) -> str:

@@ -6,6 +6,8 @@ import html
 import math
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from rich.cells import cell_len
+
 from bridge_kernel.contract.line import duration
 
 from ...display import table
@@ -18,6 +20,7 @@ __all__ = ("Lived", "Ranged", "TextPlot", "bars", "clipped", "lives", "ranges")
 WIDTH: Final = 44
 MAX_ROWS: Final = 30
 MAX_LABEL: Final = 40
+MAX_SAID: Final = 32  # cells; with more the table would be too wide, and break the bars
 _EIGHTHS: Final = "▏▎▍▌▋▊▉█"
 
 
@@ -58,12 +61,20 @@ class Lived(NamedTuple):
 
 
 def clipped(text: str, most: int = MAX_LABEL) -> str:
-    """A name that fits: of a longer one the beginning and the end, for both tell it apart from others."""
+    """A name that fits into so many cells of a terminal: of a longer one the beginning and the end, for both tell it apart from others."""
     text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text[:1000])
-    if len(text) <= most:
+    if cell_len(text) <= most:
         return text
     head = (most - 1) // 2
-    return f"{text[:head]}…{text[head + 1 - most :]}"
+    return f"{_beginning(text, head)}…{_beginning(text[::-1], most - 1 - head)[::-1]}"
+
+
+def _beginning(text: str, cells: int) -> str:
+    for at, char in enumerate(text):
+        cells -= cell_len(char)
+        if cells < 0:
+            return text[:at]
+    return text
 
 
 def bars(title: str, rows: Sequence[tuple[str, float, str]], nothing: str) -> TextPlot:
@@ -121,6 +132,7 @@ def lives(title: str, rows: Sequence[Lived], nothing: str) -> TextPlot:
 
 
 def _chart(title: str, axis: str, drawn: Sequence[Sequence[str]], count: int) -> str:
+    drawn = [[label, bar, clipped(said, MAX_SAID)] for label, bar, said in drawn]
     text = table(["", axis, ""], drawn).removeprefix("\n")  # without an axis there is no head
     more = f"\n… and {count - len(drawn)} more" if count > len(drawn) else ""
     return f"{title}\n{text}{more}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ Kind = Literal["time", "boolean", "integer", "number", "text"]
 
 LIBRARIES: Final = ("pandas", "polars")
 TIMES: Final[Mapping[str, Kind]] = {"system_time": "time"}
+MAX_BITS: Final = 4096  # of what is shown in digits: of much more Python refuses to
 _INT64: Final = range(-(2**63), 2**63)
 _PANDAS: Final[Mapping[Kind, str]] = {
     "boolean": "boolean",
@@ -99,8 +101,16 @@ def _typed(values: Sequence[Scalar], kind: Kind | None) -> tuple[Kind, list[Scal
     if types == {int} and all(value in _INT64 for value in values if value is not None):
         return kind if kind in ("time", "number") else "integer", list(values)
     if types <= {int, float}:
-        return "number", [None if value is None else float(value) for value in values]
-    return "text", [None if value is None else str(value) for value in values]
+        with contextlib.suppress(OverflowError):
+            return "number", [None if value is None else float(value) for value in values]
+    return "text", [None if value is None else _text(value) for value in values]
+
+
+def _text(value: Scalar) -> str:
+    if type(value) is int and value not in _INT64:
+        return f"an integer of {value.bit_length()} bits" if value.bit_length() > MAX_BITS else str(value)
+    text = str(value)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair
 
 
 def _pandas(pandas: Any, typed: Mapping[str, tuple[Kind, list[Scalar]]]) -> Any:

@@ -12,7 +12,7 @@ import msgspec
 
 from .counts import CommandCount, ErrorCount, KernelCount, ModelCount, Second
 from .histogram import Histogram
-from .rows import Failure, Latency, Life, ModelUse
+from .rows import OTHERS, Failure, Latency, Life, ModelUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,10 +24,8 @@ if TYPE_CHECKING:
     Numbers = Mapping[str, int | float]
     Said = Mapping[str, Scalar]
 
-__all__ = ("OTHERS", "Glance", "Metrics", "Recent")
+__all__ = ("Glance", "Metrics", "Recent")
 
-OTHERS: Final = "(others)"
-"""What is beyond the bounds is counted under this name, so that the sums stay exact."""
 MAX_COMMANDS: Final = 1000
 MAX_ERRORS: Final = 200
 MAX_ABOUT: Final = 20  # commands or tools that are told apart for one type of error

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from functools import lru_cache
 from typing import Final, Literal
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
-__all__ = ("PAPER", "Picture")
+__all__ = ("PAPER", "Picture", "drawable")
 
 PAPER: Final = "#ffffff"  # opaque: what is drawn on it is readable on a dark page too
 DPI: Final = 96
@@ -35,3 +37,16 @@ class Picture(Figure):
         return repr(self.as_text)
 
     __str__ = __repr__  # Figure has one of its own
+
+
+@lru_cache(1)
+def _glyphs() -> frozenset[int]:
+    """The characters that the font has: of others matplotlib would draw a box and warn."""
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+def drawable(text: str) -> str:
+    """The same text, with a box for each character that the font does not have."""
+    known = _glyphs()
+    box = "□" if ord("□") in known else "?"
+    return "".join(char if ord(char) in known or char == "\n" else box for char in text)

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from bridge_kernel.contract.line import duration, quantity
 
 from .bars import clipped
-from .picture import PAPER, Picture
+from .picture import PAPER, Picture, drawable
 from .tables import NOTHING, clock_time, dollars, name_of, size, which
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _picture(
 
 def _lanes(axes: Axes, labels: Sequence[str]) -> None:
     """A lane for each label, the first above."""
-    axes.set_yticks(range(len(labels)), [clipped(label, 36) for label in labels], parse_math=False)
+    axes.set_yticks(range(len(labels)), [drawable(clipped(label, 36)) for label in labels], parse_math=False)
     axes.set_ylim(len(labels) - 0.5, -0.5)
 
 
@@ -76,7 +76,7 @@ def _title(what: str, shown: int, of: int) -> str:
 def _note(axes: Axes, row: float, text: str, **options: Any) -> None:
     """What is said of a lane, to the right of it."""
     axes.annotate(
-        text,
+        drawable(text),
         (1, row),
         xycoords=("axes fraction", "data"),
         xytext=(8, 0),

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from .histogram import Histogram
 
-__all__ = ("Failure", "Latency", "Life", "ModelUse")
+__all__ = ("OTHERS", "Failure", "Latency", "Life", "ModelUse")
+
+OTHERS: Final = "(others)"
+"""What is beyond the bounds is counted under this name, so that the sums stay exact."""
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -118,7 +123,9 @@ class Life(msgspec.Struct, frozen=True):
 
     @property
     def state(self) -> str:
-        """Whether it is "alive", or has "ended" as the host wanted, or "died"."""
+        """Whether it is "alive", or has "ended" as the host wanted, or "died"; "" of those that are not told apart."""
+        if self.kernel == OTHERS:
+            return ""
         return "alive" if self.ended is None else "ended" if self.expected else "died"
 
 

@@ -12,7 +12,7 @@ from bridge_kernel.contract.line import duration, quantity
 
 from ...display import Shown
 from .bars import Lived, Ranged, bars, lives, ranges
-from .rows import Failure, Latency, Life, ModelUse
+from .rows import OTHERS, Failure, Latency, Life, ModelUse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -82,7 +82,7 @@ class Figures(Shown, Sequence[_Row], Generic[_Row]):
         try:
             return self._picture()
         except ModuleNotFoundError as exc:
-            if exc.name is None or exc.name.partition(".")[0] != "matplotlib":
+            if exc.name is None or exc.name.partition(".")[0] not in ("matplotlib", "numpy"):  # that comes with it
                 raise
             return self.text_plot()
 
@@ -295,7 +295,7 @@ def which(row: Failure, most: int = 3) -> str:
 
 def name_of(row: Life) -> str:
     """As the line of a command names a kernel; of several, how many there are."""
-    return row.kernel[:8] if row.count == 1 else f"{row.count:,} earlier ones"
+    return row.kernel[:8] if row.kernel != OTHERS else quantity(row.count, "earlier kernel")
 
 
 def why(row: Life) -> str:

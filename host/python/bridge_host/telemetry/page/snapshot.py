@@ -32,6 +32,8 @@ __all__ = (
 
 MAX_KERNELS: Final = 200
 MAX_COMMANDS: Final = 10
+MANY_ERRORS: Final = 5
+MANY_FAILING: Final = 0.1  # of the commands of the last minute
 MAX_ERRORS: Final = 10
 MAX_CIRCUITS: Final = 20
 MAX_TEXT: Final = 160  # characters of a name: subjects and types of errors are the user's own
@@ -137,7 +139,7 @@ class _Notes:
 
     def __init__(self, wall: Callable[[], float]) -> None:
         self._wall = wall
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer that runs while it is held may emit something itself
         self._errors: deque[ErrorView] = deque(maxlen=MAX_ERRORS)
         self._circuits: OrderedDict[tuple[str, str], CircuitView] = OrderedDict()
         self.rejected = 0
@@ -197,17 +199,19 @@ class Snapshots:
         self._lock = threading.Lock()
         self._status: Callable[[], PoolStatus] | None = None
         self._started = wall()
+        self._over = False
         self._on_close: dict[int, Callable[[], None]] = {}
         self._born: dict[int, float] = {}  # by pid
 
     def opened(self, status: Callable[[], PoolStatus]) -> None:
         """The host is open: this is how its kernels are looked at, from any thread."""
-        self._status, self._started = status, self._wall()
+        with self._lock:
+            self._status, self._started, self._over = status, self._wall(), False
 
     def closed(self) -> None:
         """The host is closed; who shows a page is told so. Closing twice does nothing."""
         with self._lock:
-            self._status = None
+            self._status, self._over = None, True
             told, self._on_close = list(self._on_close.values()), {}
         for tell in told:
             tell()
@@ -217,9 +221,16 @@ class Snapshots:
         return self._status is not None
 
     def on_close(self, tell: Callable[[], None]) -> Callable[[], None]:
-        """Call `tell()` when the host is closed, on the thread that closes it; what this gives takes that back."""
+        """Call `tell()` when the host is closed, on the thread that closes it; what this gives takes that back.
+
+        If it has been closed already `tell()` is called now.
+        """
         with self._lock:
-            self._on_close[id(tell)] = tell
+            over = self._over
+            if not over:
+                self._on_close[id(tell)] = tell
+        if over:
+            tell()
 
         def forget() -> None:
             with self._lock:
@@ -237,7 +248,9 @@ class Snapshots:
         recent, glance = self._metrics.recent(), self._metrics.glance(MAX_COMMANDS)
         errors, circuits = self._notes.now()
         ready = sum(kernel.state == "ready" for kernel in kernels)
-        health, summary = _judged(pool, ready, circuits)
+        failed = sum(recent.errors)
+        failing = failed >= MANY_ERRORS and failed >= MANY_FAILING * sum(recent.commands)
+        health, summary = _judged(pool, ready, circuits, failing=failing)
         return Snapshot(
             at=at,
             pid=os.getpid(),
@@ -284,7 +297,9 @@ def _command(subject: str, *figures: int) -> CommandView:
     return CommandView(_text(subject), *figures)
 
 
-def _judged(pool: PoolStatus | None, ready: int, circuits: tuple[CircuitView, ...]) -> tuple[Health, str]:
+def _judged(
+    pool: PoolStatus | None, ready: int, circuits: tuple[CircuitView, ...], *, failing: bool
+) -> tuple[Health, str]:
     """The state, and what to say of it: no numbers that change all the time, for it is read out when it changes."""
     if pool is None:
         return "closed", "The host is closed."
@@ -301,7 +316,9 @@ def _judged(pool: PoolStatus | None, ready: int, circuits: tuple[CircuitView, ..
         said += f"; {_plural(len(circuits), 'command')} held back"
     if not ready:
         return "down", f"{said}."
-    if circuits or ready < pool.wanted or states["unresponsive"]:
+    if failing:
+        said += "; many commands fail"
+    if circuits or failing or ready < pool.wanted or states["unresponsive"]:
         return "degraded", f"{said}."
     if pool.queue:
         return "busy", f"{said}; commands wait for one."

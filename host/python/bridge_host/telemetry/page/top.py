@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import select
+import signal
 import socket
 import sys
 import time
@@ -108,7 +109,10 @@ def _listed(hosts: list[FoundHost]) -> str:
 
 
 def _once(watching: Watching, console: Console, errors: Console, *, as_json: bool) -> int:
-    said = next(iter(watching.read()))
+    heard: list[Snapshot | Ended] = []
+    while not heard:  # a long line comes in pieces
+        heard = watching.read()
+    said = heard[0]
     if isinstance(said, Ended):
         errors.print(ENDS[said.reason])
         return 1
@@ -121,18 +125,18 @@ def _once(watching: Watching, console: Console, errors: Console, *, as_json: boo
 
 def _live(watching: Watching, console: Console) -> int:
     """Draw the page anew with each snapshot, and when the window changes, until `q`, Ctrl-C or the host's end."""
-    keys = sys.stdin.fileno() if sys.stdin.isatty() else None
+    keys = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
     last: Snapshot | None = None
     heard = time.monotonic()
     ended = ""
     screen = Live(Text("Waiting for the host …"), console=console, screen=True, auto_refresh=False)
-    with contextlib.suppress(KeyboardInterrupt), _keys_at_once(keys), screen as live:
+    with contextlib.suppress(KeyboardInterrupt), _ending_in_order(), _keys_at_once(keys), screen as live:
         while not ended:
             if last is not None:
                 width, height = console.size
                 live.update(page(last, width, height - 1, footer=_footer(heard)), refresh=True)
             ready, _, _ = select.select([watching] if keys is None else [watching, keys], [], [], LOOK_S)
-            if keys in ready and b"q" in os.read(sys.stdin.fileno(), 64).lower():
+            if keys in ready and b"q" in os.read(keys, 64).lower():
                 return 0
             if watching in ready:
                 heard = time.monotonic()
@@ -153,6 +157,16 @@ def _footer(heard: float) -> str:
     if silent < SILENT_S:
         return "q quits"
     return f"q quits   The host has said nothing for {silent:.0f} s: {SILENT}"
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Whoever ends the process (`timeout`, `kill`) is to leave a terminal that works."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import shutil
 import time
 from collections.abc import Mapping
@@ -171,9 +170,11 @@ class Trace:
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> Any:
         """The plot if there is something to plot with, else HTML; and text."""
         text = self.text()
-        if importlib.util.find_spec("matplotlib") is None:
+        try:
+            plot = self.plot()
+        except ModuleNotFoundError:
             return {"text/plain": text, "text/html": self.html()}
-        picture, size = self.plot()._repr_png_()
+        picture, size = plot._repr_png_()
         return {"text/plain": text, "image/png": base64.b64encode(picture).decode("ascii")}, {"image/png": size}
 
 
@@ -190,14 +191,20 @@ class Traces(Shown, Mapping[str, Trace]):
         self._made: dict[str, Trace] = {}
 
     def __getitem__(self, id: str | None) -> Trace:
-        """The trace of this id, or of the only id that begins so; of None the last that is complete, or the last.
+        """The trace of this id, of the only id that begins so, or of the command that the journal knows by this id;
+        of None the last that is complete, or the last.
 
         Raises:
             NotFound: there is none.
         """
         if id is None:
             return self._last()
+        if not isinstance(id, str):
+            raise TypeError(f"a trace is known by its id, or by its command's: a text, not {id!r}")
         found = [id] if id in self._events else [known for known in self._events if known.startswith(id)]
+        if not found:
+            said = ((known, event.metadata.get("command_id")) for known, es in self._events.items() for event in es)
+            found = list(dict.fromkeys(known for known, command in said if command == id))
         if len(found) == 1:
             return self._trace(found[0])
         if found and id:

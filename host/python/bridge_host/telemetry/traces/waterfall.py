@@ -23,6 +23,8 @@ FOLD_TO: Final = 4
 SHORTEST_QUEUE: Final = 100_000  # ns: a command that did not wait needs no row to say so
 MAX_ERROR: Final = 60
 ELSEWHERE: Final = "⋯"
+MAX_BARS: Final = 500
+"""In one row: what is closer together than this share of the trace nobody could tell apart."""
 
 # Okabe and Ito's, which colour-blind people can tell apart: https://jfly.uni-koeln.de/color/. Vermillion is for errors.
 COLOURS: Final[dict[str, str]] = {
@@ -138,7 +140,13 @@ class Waterfall:
         bars = tuple(self._within(span.start, span.start if span.end is None else span.end) for span in spans)
         label = f"… {len(spans):,} more {_group(spans[0])[1]}"
         return Row(
-            label, depth, spans[0].kind, _joined(bars), took, f"{failed:,} failed" if failed else "", summed=True
+            label,
+            depth,
+            spans[0].kind,
+            _joined(bars, self.length // MAX_BARS),
+            took,
+            f"{failed:,} failed" if failed else "",
+            summed=True,
         )
 
     def _within(self, start: int, end: int) -> tuple[int, int]:
@@ -243,11 +251,11 @@ def _folded(spans: Sequence[Span]) -> list[Span | _Sum]:
     return shown
 
 
-def _joined(bars: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The same without overlaps."""
+def _joined(bars: Iterable[tuple[int, int]], gap: int) -> tuple[tuple[int, int], ...]:
+    """The same without overlaps, and without gaps of `gap` or less."""
     joined: list[tuple[int, int]] = []
     for begin, end in sorted(bars):
-        if joined and begin <= joined[-1][1]:
+        if joined and begin <= joined[-1][1] + gap:
             joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
         else:
             joined.append((begin, end))

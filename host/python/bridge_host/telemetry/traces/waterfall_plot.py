@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from .waterfall import COLOURS, ERROR_COLOUR, Waterfall, colour_of
@@ -103,8 +102,10 @@ class _Canvas:
         return self.left + (self.right - self.left) * ms / self.ms
 
     def _text(self, x: float, y: float, text: str, size: float = SIZE, **how: Any) -> None:
+        from ..figures.picture import drawable
+
         # A dollar sign is one: what users call something is no formula.
-        self.page.text(x, y, _drawable(text), fontsize=size, va="center", parse_math=False, **how)
+        self.page.text(x, y, drawable(text), fontsize=size, va="center", parse_math=False, **how)
 
     # -- parts -------------------------------------------------------------------
 
@@ -194,27 +195,16 @@ def _indent(row: Row) -> float:
 # -- text --------------------------------------------------------------------------
 
 
-@lru_cache(1)
-def _glyphs() -> frozenset[int]:
-    """The characters that the font has: of others matplotlib would draw a box and warn."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
-
-
-def _drawable(text: str) -> str:
-    known = _glyphs()
-    return "".join(char if ord(char) in known else "□" if 0x25A1 in known else "?" for char in text)
-
-
 def _width(text: str, font: FontProperties) -> float:
     """How wide a text is, in inches."""
     from matplotlib.textpath import text_to_path
 
-    drawable = _drawable(text)
-    if not drawable:
+    from ..figures.picture import drawable
+
+    drawn = drawable(text)
+    if not drawn:
         return 0.0
-    width, _, _ = text_to_path.get_text_width_height_descent(drawable, font, ismath=False)
+    width, _, _ = text_to_path.get_text_width_height_descent(drawn, font, ismath=False)
     return float(width) / 72
 
 

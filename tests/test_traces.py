@@ -302,6 +302,15 @@ def test_spans_that_say_to_be_part_of_each_other_are_all_there(links: list[tuple
     trace.text()
 
 
+def test_a_time_that_no_clock_shows_is_none() -> None:
+    for time in (6.8e25, 2**80, -(2**80), float("inf")):
+        traces = Traces(
+            [Event(("bridge", "command", "start"), {"system_time": time}, {"trace_id": "a", "span_id": "b"})]
+        )
+        assert "a" in repr(traces)
+        assert traces["a"].spans[0].duration is None
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(

@@ -13,8 +13,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ("Shown", "one_line", "table")
+__all__ = ("NOTHING", "Shown", "one_line", "table")
 
+NOTHING: Final = "nothing yet"
 MAX_CELL: Final = 80
 """Characters; of a longer one the beginning is shown."""
 _UNSHOWN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -69,7 +70,9 @@ class Shown:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return table(*self._rows())
+        columns, rows = self._rows()
+        return table(columns, rows) if rows else f"<{type(self).__name__}: {NOTHING}>"
 
     def _repr_html_(self) -> str:
-        return table(*self._rows(), html=True)
+        columns, rows = self._rows()
+        return table(columns, rows, html=True) if rows else f"<i>{type(self).__name__}: {NOTHING}</i>"

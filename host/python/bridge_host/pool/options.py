@@ -19,8 +19,8 @@ class Recycle(msgspec.Struct, frozen=True):
 
     `age_s` is varied by a tenth, so that kernels that started together do not end together. `rss_bytes` is the
     kernel process's own resident memory, as it reports it with the heartbeat. With `errors`, which needs two kernels, one
-    is replaced too that fails a command again and again while the others do not: what fails everywhere never is a
-    reason.
+    is replaced too that fails a command again and again while the others do not. Before that, the command is kept off it
+    for a trial: what fails elsewhere as well never is a reason.
 
     Raises:
         TypeError: one is of another type. `ValueError`: it is not more than 0.

@@ -10,9 +10,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from bridge_kernel.contract.line import duration, quantity
 
+from ...display import NOTHING
 from .bars import clipped
 from .picture import PAPER, Picture, drawable
-from .tables import NOTHING, clock_time, dollars, name_of, size, which
+from .tables import clock_time, dollars, name_of, size, which
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,7 +10,7 @@ import msgspec
 
 from bridge_kernel.contract.line import duration, quantity
 
-from ...display import Shown
+from ...display import NOTHING, Shown
 from .bars import Lived, Ranged, bars, lives, ranges
 from .rows import OTHERS, Failure, Latency, Life, ModelUse
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 __all__ = ("Errors", "Figures", "Kernels", "Latencies", "Models")
 
 _Row = TypeVar("_Row", bound=msgspec.Struct)
-
-NOTHING: Final = "nothing yet"
 
 
 _KINDS: Final[dict[type, Kind]] = {bool: "boolean", int: "integer", float: "number", str: "text"}
@@ -92,9 +90,6 @@ class Figures(Shown, Sequence[_Row], Generic[_Row]):
 
     def _picture(self) -> Picture:
         raise NotImplementedError
-
-    def __repr__(self) -> str:
-        return super().__repr__() if self.rows else f"<{type(self).__name__}: {NOTHING}>"
 
     def _framed(self) -> tuple[dict[str, list[Any]], dict[str, Kind]]:
         """The columns of its frame, and what they hold: known of none and of empty ones too."""

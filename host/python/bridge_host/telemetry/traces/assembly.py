@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ("Missing", "Span", "short_kernel", "spans_of")
 
+MOST_NS: Final = 2**62  # no clock shows more before the year 2116
+
 Missing = Literal["start", "parent"]
 
 _LASTS: Final = ("start", "stop", "exception")
@@ -329,7 +331,7 @@ def _rank(draft: _Draft, *, by_attempt: bool) -> tuple[float, bool, int, int]:
 
 
 def _nanoseconds(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -MOST_NS < value < MOST_NS:
         return None
     return int(value)
 

@@ -174,8 +174,8 @@ class Page {
     const tiles = made("dl", "bd-tiles");
     this.kernels = new Tile(tiles, "Kernels");
     this.queue = new Tile(tiles, "Waiting");
-    this.commands = new Tile(tiles, "Commands/s, last minute", { series: true });
-    this.errors = new Tile(tiles, "Errors/s, last minute", { series: true, errors: true });
+    this.commands = new Tile(tiles, "Commands/s", { series: true });
+    this.errors = new Tile(tiles, "Errors/s", { series: true, errors: true });
     this.p50 = new Tile(tiles, "p50");
     this.p95 = new Tile(tiles, "p95");
     this.p99 = new Tile(tiles, "p99");
@@ -226,9 +226,9 @@ class Page {
     this.summary.set(s.summary);
     this.kernels.set(`${s.ready}/${Math.max(s.wanted, s.ready)}`, `${whole.format(s.in_flight)} running`);
     this.queue.set(whole.format(s.waiting), s.rejected ? `${whole.format(s.rejected)} refused` : "none refused");
-    this.commands.set(rate(s.commands_per_s), `${whole.format(sum(s.command_series))} in all`);
+    this.commands.set(rate(s.commands_per_s), `${whole.format(sum(s.command_series))} in 1 min`);
     this.commands.draw(s.command_series);
-    this.errors.set(rate(s.errors_per_s), `${whole.format(sum(s.error_series))} in all`);
+    this.errors.set(rate(s.errors_per_s), `${whole.format(sum(s.error_series))} in 1 min`);
     this.errors.draw(s.error_series);
     this.p50.set(duration(s.p50), "half are faster");
     this.p95.set(duration(s.p95), "19 of 20 are");

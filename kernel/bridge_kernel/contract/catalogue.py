@@ -325,6 +325,7 @@ _ALL: Final = (
         "host",
         "A command gets its place in a kernel.",
         {
+            "system_time": Measured("ns since the epoch", "When.", optional=True),
             "queue": Measured("ns", "How long it waited for that."),
             "candidates": Measured("count", "Kernels that could have taken it."),
             "expected": Measured("ns", "How long it is expected to take there."),

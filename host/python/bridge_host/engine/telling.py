@@ -42,7 +42,8 @@ class Teller:
             except Exception as exc:  # noqa: BLE001 - who looks on must not break a command
                 self._look_away(exc)
         if running.trace.sampled:
-            self._telemetry.tell(_STARTED, {"system_time": time.time_ns()}, said_of(running))
+            said = said_of(running) | {"command_id": running.id}
+            self._telemetry.tell(_STARTED, {"system_time": time.time_ns()}, said)
 
     def tried(self, client: KernelClient, running: Running) -> None:
         """An attempt at it begins, on this kernel."""
@@ -60,14 +61,10 @@ class Teller:
             "duration": time.perf_counter_ns() - running.began,
             "attempts": running.attempt,
         }
-        said = said_of(running)
+        said = said_of(running) | {"command_id": running.id}
         if error is not None:
             said["error"] = "bridge.Cancelled" if isinstance(error, asyncio.CancelledError) else type_of(error)
-        name = (*_COMMAND, "stop" if error is None else "exception")
-        if running.trace.sampled:
-            self._telemetry.tell(name, measurements, said)
-        else:
-            self._telemetry.count(Event(name, measurements, said))
+        self._tell(running, (*_COMMAND, "stop" if error is None else "exception"), measurements, said)
 
     def _look_away(self, error: Exception) -> None:
         self._live = None
@@ -82,21 +79,26 @@ class Teller:
         **said: Scalar,
     ) -> None:
         """What the cache of results had or did for it."""
-        about = said_of(running)
-        del about["command_id"]
-        name = ("bridge", "cache", what)
+        self._tell(running, ("bridge", "cache", what), measurements or {}, {**said_of(running), **said})
+
+    def _tell(
+        self,
+        running: Running,
+        name: tuple[str, ...],
+        measurements: dict[str, int | float],
+        said: dict[str, Scalar],
+    ) -> None:
+        """Of what is counted although its trace may not be recorded."""
         if running.trace.sampled:
-            self._telemetry.tell(name, measurements or {}, {**about, **said})
+            self._telemetry.tell(name, measurements, said)
         else:
-            self._telemetry.count(Event(name, measurements or {}, {**about, **said}))
+            self._telemetry.count(Event(name, measurements, said))
 
     def again(self, running: Running) -> None:
         """Its kernel died, and it is going to be run again."""
         if running.trace.sampled:
             measurements = {"attempt": running.attempt + 1, "recorded": len(running.journal)}
-            said = said_of(running)
-            del said["command_id"]
-            self._telemetry.tell(("bridge", "execution", "retry"), measurements, said)
+            self._telemetry.tell(("bridge", "execution", "retry"), measurements, said_of(running))
 
     def lost(self, client: KernelClient, running: Running) -> None:
         """End an attempt whose kernel can no longer do so itself."""
@@ -105,9 +107,7 @@ class Teller:
         kernel = client.attached.kernel.id if client.attached is not None else ""
         duration = time.perf_counter_ns() - running.tried
         line = Line(running.subject, duration, "error", kernel, attempt=running.attempt, error="bridge.KernelDied")
-        said = said_of(running)
-        del said["command_id"]
-        said |= {
+        said = said_of(running) | {
             "kernel": kernel,
             "attempt": running.attempt,
             "span_id": new_span_id(),
@@ -126,7 +126,6 @@ def said_of(running: Running) -> dict[str, Scalar]:
         "command": running.prepared.method,
         "subject": running.subject,
         "session": running.session.id,
-        "command_id": running.id,
         "trace_id": trace.trace_id,
         "span_id": trace.span_id,
         "parent_span_id": trace.parent_span_id,

@@ -169,7 +169,12 @@ class Dispatcher:
             }
             if trace is not None:
                 said |= {"trace_id": trace.trace_id, "parent_span_id": trace.span_id}
-            numbers = {"queue": queued, "candidates": len(candidates), "expected": round(expected * 1e9)}
+            numbers = {
+                "system_time": time.time_ns(),
+                "queue": queued,
+                "candidates": len(candidates),
+                "expected": round(expected * 1e9),
+            }
             self._telemetry.tell(ROUTE, numbers, said)
         return Lease(kernel, client, ask, job, probe, alone)
 

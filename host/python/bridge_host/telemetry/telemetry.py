@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from bridge_kernel.contract.telemetry import Capture, Scalar
 
+    from .export.exporter import Exporter
     from .export.jsonl import JsonLines
     from .export.otel import OpenTelemetry
     from .figures.tables import Errors, Kernels, Latencies, Models
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Telemetry",)
 
-Exporter = TypeVar("Exporter", "JsonLines", "OpenTelemetry")
+E = TypeVar("E", bound="Exporter")
 
 REMEMBERED: Final = 10_000
 _EVERYTHING: Final = ("bridge",)
@@ -59,7 +60,7 @@ class Telemetry:
         self._switching = threading.Lock()
         self._off: tuple[tuple[str, ...], ...] = ()
         self._options: dict[frozenset[Capture], TelemetryOptions | None] = {}
-        self._exporters: list[JsonLines | OpenTelemetry] = []
+        self._exporters: list[Exporter] = []
 
     # -- handlers ----------------------------------------------------------------
 
@@ -88,9 +89,8 @@ class Telemetry:
         self, name: tuple[str, ...], measurements: Mapping[str, int | float], metadata: Mapping[str, Scalar]
     ) -> None:
         """Take an event of Bridge's own, unless it is switched off."""
-        if self._off and begins_with_any(name, self._off):
-            return
-        self.take(Event(name, dict(measurements), dict(metadata)))
+        if not self._is_off(name):
+            self.take(Event(name, dict(measurements), dict(metadata)))
 
     def span(self, name: str, *, traceparent: str | None = None, **metadata: Scalar) -> Span:
         """Measure what is done within, commands included: `with host.telemetry.span("import", rows=3) as span`.
@@ -109,23 +109,28 @@ class Telemetry:
     def take(self, event: Event) -> None:
         """Take an event as it is."""
         self._events.append(event)
-        self.metrics.take(event)
-        self.snapshots.note(event)
+        self._counted(event)
         if self._handlers:
             for id, error in self._handlers.call(event):
                 self.take(Event(("bridge", "telemetry", "detach"), {}, {"handler": id, "error": error}))
 
     def count(self, event: Event) -> None:
         """Count an event of a trace that is not recorded: the figures are of all commands."""
-        if not (self._off and begins_with_any(event.name, self._off)):
-            self.metrics.take(event)
-            self.snapshots.note(event)
+        if not self._is_off(event.name):
+            self._counted(event)
             for count in tuple(self.counting):
                 count(event)
 
     def _take_unless_off(self, event: Event) -> None:
-        if not (self._off and begins_with_any(event.name, self._off)):
+        if not self._is_off(event.name):
             self.take(event)
+
+    def _counted(self, event: Event) -> None:
+        self.metrics.take(event)
+        self.snapshots.note(event)
+
+    def _is_off(self, name: tuple[str, ...]) -> bool:
+        return bool(self._off) and begins_with_any(name, self._off)
 
     # -- switches ----------------------------------------------------------------
 
@@ -287,7 +292,7 @@ class Telemetry:
             options = {"traces": False, "metrics": False, "logs": False, **options}  # it asks, nothing is sent
         return self._export(OpenTelemetry(self, endpoint, **options))
 
-    def _export(self, exporter: Exporter) -> Exporter:
+    def _export(self, exporter: E) -> E:
         self._exporters = [*(other for other in self._exporters if not other.closed), exporter]
         return exporter
 

@@ -8,17 +8,17 @@ import math
 import os
 import stat
 import time
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from bridge_kernel.contract.telemetry import Scalar
 
+from .exporter import Exporter
 from .feed import Feed, warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from types import TracebackType
 
     from bridge_kernel.contract.telemetry import Event
 
@@ -44,7 +44,7 @@ class _Line(msgspec.Struct, omit_defaults=True):
 _encode: Final = msgspec.json.Encoder().encode
 
 
-class JsonLines:
+class JsonLines(Exporter):
     """Appends each event to a file: `{"name": […], "measurements": {…}, "metadata": {…}, "time": …}`.
 
     `time` is when the host had it, in ns since the epoch. Written by a thread of its own: what does not fit into its
@@ -80,7 +80,6 @@ class JsonLines:
         self._untold = 0
         self._again_at = 0.0
         self._warned = False
-        self._closed = False
         self._open()
         self._feed = Feed("bridge-jsonl", self._write, max_queued=max_queued)
         self._id = telemetry.attach(prefix, self._feed.put)
@@ -105,18 +104,6 @@ class JsonLines:
         if self._feed.close(CLOSE_S):
             self._let_go()
         # Else its thread hangs in a write, on a file system that is gone: the file is that thread's.
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         dropped = f", {self.dropped} dropped" if self.dropped else ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from bridge_kernel._version import __version__
 from bridge_kernel.contract.secrets import forms_of
 from bridge_kernel.contract.telemetry import Event
 
+from .exporter import Exporter
 from .feed import Feed, warn
 
 try:
@@ -36,7 +37,6 @@ except ModuleNotFoundError as exc:
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from types import TracebackType
 
     from opentelemetry._logs import Logger
     from opentelemetry.sdk.trace import ReadableSpan
@@ -53,7 +53,7 @@ MAX_WAITING: Final = 8192
 BATCH: Final = 512
 
 
-class OpenTelemetry:
+class OpenTelemetry(Exporter):
     """Sends what happens to a collector, by threads of its own: a command never waits for it.
 
     Spans have Bridge's own ids and times; those of models and tools follow the GenAI conventions. While a span of
@@ -98,7 +98,6 @@ class OpenTelemetry:
         self._where, secrets = _shown(endpoint, headers or {})
         self._delivery = Delivery(self._where, secrets)
         self._closing = threading.Lock()
-        self._closed = False
         self._malformed = 0
         self.prometheus_url: str | None = None
         """Where the metrics are served, if they are."""
@@ -258,18 +257,6 @@ class OpenTelemetry:
         self._delivery.hurry(until - time.monotonic())
         _all(self._shutdowns, until - time.monotonic())
         self._stop_serving()
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         said = [f"{count} {what}" for what, count in sorted(self._delivery.delivered.items()) if count]

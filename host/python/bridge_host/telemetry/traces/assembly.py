@@ -154,6 +154,8 @@ def _collect(events: Iterable[Event]) -> tuple[dict[str, _Draft], dict[str, list
             queue = _Draft("queue", "", above, order)
             queue.ended = True
             queue.duration = max(_nanoseconds(event.measurements.get("queue")) or 0, 0)
+            given = _nanoseconds(event.measurements.get("system_time"))
+            queue.start = None if given is None else given - queue.duration
             queue.said = dict(metadata)
             queues.setdefault(above or "", []).append(queue)
             continue
@@ -210,9 +212,9 @@ def _place_queues(drafts: dict[str, _Draft], queues: dict[str, list[_Draft]]) ->
         for number, queue in enumerate(waits, start=1):
             assert queue.duration is not None
             run = next((run for run in left if run.said.get("kernel") == queue.said.get("kernel")), None)
-            if now is not None:
+            if queue.start is None and now is not None:
                 queue.start = now
-            elif run is not None and run.start is not None:
+            elif queue.start is None and run is not None and run.start is not None:
                 queue.start = run.start - queue.duration
             queue.attempt = number
             now = queue.end

@@ -1087,6 +1087,31 @@ def test_11_ctrl_c_cancels_in_the_kernel_which_goes_on() -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("way", ["call", "stream"])
+def test_11_ctrl_c_while_a_command_is_being_handed_over_cancels_it_too(
+    way: str, lonely_host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, handed_over = lonely_host, asyncio.run_coroutine_threadsafe
+    session, started = host.session(), threading.Event()
+    session.tool(started.set, name="started")
+    session.function(
+        "endless", "def endless(ctx):\n    ctx.call_tool('started')\n    yield 1\n    while True:\n        pass\n"
+    )
+    session.function("spin", "def spin(ctx):\n    ctx.call_tool('started')\n    while True:\n        pass\n")
+
+    def interrupted(*args: Any) -> Any:
+        handed_over(*args)
+        assert started.wait(30)  # the kernel runs it, and who asked has not got the future
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(asyncio, "run_coroutine_threadsafe", interrupted)
+        session.call("spin") if way == "call" else session.stream("endless")
+    while any(stats.commands["running"] > 1 for stats in host.stats().values()):
+        pass
+    assert session.call("math.hypot", 3, 4) == 5
+
+
 # -- 12: what a host never does ---------------------------------------------------------------------------------------------
 
 HOST_FILES = [

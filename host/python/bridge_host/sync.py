@@ -208,19 +208,27 @@ class Host:
                 "this runs on the host's own event loop, which cannot wait for itself: make the tool a plain def, or "
                 "use AsyncHost and await"
             )
-        future = self._start(function, *args)
+        # Ctrl-C may come at any line of this, also between the start of the task and its future: it is cancelled by
+        # what it runs, which is there before.
+        running = function(*args)
         waiting = self._host.waiting
         waiting.append(function)
         try:
-            return future.result()
+            return asyncio.run_coroutine_threadsafe(running, self._loop).result()
         except BridgeError as exc:
             # The loop's own frames say nothing to who called; the kernel's traceback is the error's note.
             raise exc.with_traceback(None) from None
+        except Exception:
+            raise
         except BaseException:
-            future.cancel()
+            self._soon(_cancel, running)
             raise
         finally:
             waiting.pop()
+
+    def _soon(self, function: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the host is closed, and its loop with it
+            self._loop.call_soon_threadsafe(function, *args)
 
     def __repr__(self) -> str:
         return repr(self._host).replace("AsyncHost", "Host")
@@ -237,6 +245,16 @@ def _close(stack: contextlib.ExitStack, pid: int) -> None:
 
 async def _running_loop() -> tuple[asyncio.AbstractEventLoop, int]:
     return asyncio.get_running_loop(), threading.get_ident()
+
+
+def _cancel(running: Coroutine[Any, Any, Any]) -> None:
+    """On the loop: cancel the task that runs this coroutine; one that never became a task is closed."""
+    for task in asyncio.all_tasks():
+        if task.get_coro() is running:
+            task.cancel()
+            return
+    with contextlib.suppress(ValueError):  # it runs, which only a task does: it has ended meanwhile
+        running.close()
 
 
 def _stop(loop: asyncio.AbstractEventLoop, stream: AsyncStream[Any]) -> None:
@@ -313,11 +331,21 @@ class Session(SessionBase):
     ) -> Stream:
         """Run a generator and iterate over what it yields. Leaving the loop early stops it."""
         run, terms = self._host._run, Terms(deadline, retries, None, secrets, CURRENT.get())
+        started: list[AsyncStream[Any]] = []
 
         async def start() -> AsyncStream[Any]:
-            return self._async._stream(name, args, kwargs, terms)
+            started.append(self._async._stream(name, args, kwargs, terms))
+            return started[0]
 
-        return Stream(run(start), run, self._host._loop)
+        def stop() -> None:
+            for stream in started:
+                stream.stop()
+
+        try:
+            return Stream(run(start), run, self._host._loop)
+        except BaseException:  # Ctrl-C, and nobody has the stream
+            self._host._soon(stop)
+            raise
 
     def create(
         self,

@@ -25,9 +25,9 @@ lint: setup
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=4
 	# Once more where kernels keep rebuilt instances: it must make no difference that they do not.
-	$(BIN)/python -m pytest --instance-cache=off tests/test_dspy.py tests/test_host.py tests/test_sessions.py
+	$(BIN)/python -m pytest -n auto --maxprocesses=4 --instance-cache=off tests/test_dspy.py tests/test_host.py tests/test_sessions.py
 
 # The chaos test of `make test`, for longer: make chaos SECONDS=600
 chaos: setup

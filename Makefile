@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test chaos lint format bench clean
+.PHONY: setup demo test test-elixir chaos lint format bench clean
 .DEFAULT_GOAL := demo
 
 setup: .venv/.installed
@@ -28,6 +28,20 @@ test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses=4
 	# Once more where kernels keep rebuilt instances: it must make no difference that they do not.
 	$(BIN)/python -m pytest -n auto --maxprocesses=4 --instance-cache=off tests/test_dspy.py tests/test_host.py tests/test_sessions.py
+	@$(MAKE) --no-print-directory test-elixir
+
+# The Elixir host. A machine without Elixir is told so and goes on, unless BRIDGE_REQUIRE_ELIXIR is set, as it is in .ci/run.
+# The locale: in another than UTF-8 the BEAM writes what is not ASCII as question marks.
+test-elixir: export BRIDGE_PYTHON := $(CURDIR)/$(BIN)/python
+test-elixir: export MIX_ENV := test
+test-elixir: export LC_ALL := C.UTF-8
+test-elixir: setup
+	@if command -v mix >/dev/null; then \
+		cd host/elixir && mix format --check-formatted && mix compile --warnings-as-errors && mix test --warnings-as-errors; \
+	else \
+		echo "The Elixir host was NOT tested: Elixir is missing (Debian: apt-get install elixir erlang-dev erlang-jiffy)"; \
+		test -z "$$BRIDGE_REQUIRE_ELIXIR"; \
+	fi
 
 # The chaos test of `make test`, for longer: make chaos SECONDS=600
 chaos: setup
@@ -36,6 +50,7 @@ chaos: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	@! command -v mix >/dev/null || { cd host/elixir && mix format; }
 
 bench: setup
 	$(BIN)/python -m bench.latency
@@ -45,4 +60,4 @@ bench: setup
 	$(BIN)/python -m bench.telemetry_flow
 
 clean:
-	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis host/elixir/_build

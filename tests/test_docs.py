@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.methods import Method
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "host" / "elixir" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 TIMEOUT_S = 120
 
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -57,7 +63,7 @@ def _blocks(page: Path) -> Iterable[Block]:
         before = text[: fence.start()]
         opted_out = _NOT_RUN.search(before)
         reason = opted_out["reason"].strip() if opted_out else None
-        yield Block(page.name, before.count("\n") + 2, fence["language"], fence["text"], reason)
+        yield Block(str(page.relative_to(ROOT)), before.count("\n") + 2, fence["language"], fence["text"], reason)
 
 
 BLOCKS = [block for page in PAGES for block in _blocks(page)]
@@ -210,7 +216,7 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_within_the_repository_leads_somewhere(page: Path) -> None:
     broken = []
     for link in _LINK.finditer(_FENCE.sub("", page.read_text())):

@@ -1979,6 +1979,86 @@ def test_a_kernel_whose_parent_was_gone_before_it_started_ends_at_once(tmp_path:
     assert ended.returncode != 0
 
 
+@contextlib.contextmanager
+def on_a_lifeline(tmp_path: Path, *arguments: str, **settings: Any) -> Iterator[tuple[subprocess.Popen[bytes], Wire]]:
+    """A kernel whose stdin the test holds, and a client of it."""
+    connection_file = write_connection_file(tmp_path)
+    with (tmp_path / "kernel.log").open("wb") as log:
+        process = subprocess.Popen(
+            kernel_command(connection_file, *arguments),
+            stdin=subprocess.PIPE, stdout=log, stderr=log, env=os.environ | {"JPY_PARENT_PID": ""}, **settings
+        )  # fmt: skip
+    host = Wire(connection_file, log=lambda: (tmp_path / "kernel.log").read_text(errors="replace"))
+    try:
+        host.expect(lambda m: m.kind == "iopub_welcome", "the kernel's welcome")
+        host.attach()
+        yield process, host
+    finally:
+        host.close()
+        process.kill()
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+LIFELINE = "--BridgeKernelApp.lifeline=stdin"
+CHILD = "import subprocess\ndef f(): return subprocess.Popen(['sleep', '600']).pid"
+
+
+@pytest.mark.parametrize("group", ["its own session", "its parent's group"])
+@pytest.mark.parametrize("busy", ["idle", "busy"])
+def test_a_kernel_on_a_lifeline_ends_with_all_that_it_started_once_that_is_let_go(
+    tmp_path: Path, busy: str, group: str
+) -> None:
+    with on_a_lifeline(tmp_path, LIFELINE, start_new_session=group == "its own session") as (process, host):
+        assert os.getpgid(process.pid) == process.pid, "killed in one go, and nobody else with it"
+        child = psutil.Process(host.run(CHILD).value)
+        if busy == "busy":
+            progressed(host, host.call(SPIN))
+        assert process.stdin is not None
+        process.stdin.write(b"what is written to it means nothing\n" * 1000)
+        process.stdin.flush()
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(10) == -signal.SIGKILL
+        host.until(lambda: _gone(child), "its child's end", timeout_s=5)
+
+
+def test_nothing_that_a_kernel_runs_or_starts_can_hold_its_lifeline_or_read_from_it(tmp_path: Path) -> None:
+    read = """
+        import subprocess, sys
+        def read():
+            return [sys.stdin.read(), subprocess.run(["cat"], capture_output=True, text=True).stdout]
+    """
+    with on_a_lifeline(tmp_path, LIFELINE) as (process, host):
+        assert process.stdin is not None
+        process.stdin.write(b"not for commands")
+        process.stdin.flush()
+        assert host.run(textwrap.dedent(read)).value == ["", ""]
+        assert process.poll() is None
+
+
+def test_a_kernel_without_the_option_does_not_care_about_its_stdin(tmp_path: Path) -> None:
+    with on_a_lifeline(tmp_path, start_new_session=True) as (process, host):
+        assert process.stdin is not None
+        process.stdin.close()
+        child = psutil.Process(host.run(CHILD).value)
+        assert host.run("def f(): return 'still here'").value == "still here"
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        host.until(lambda: _gone(child), "its child's end", timeout_s=5)
+
+
+def test_a_kernel_that_is_to_have_a_lifeline_and_has_no_stdin_says_so(tmp_path: Path) -> None:
+    command = kernel_command(write_connection_file(tmp_path), LIFELINE)
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, text=True, timeout=10, check=False
+    )
+    assert ended.returncode == 1
+    assert "lifeline" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"key": ""}, "no key"), ({"signature_scheme": "hmac-md5"}, "hmac-md5"), ({"shell_port": "x"}, "connection file")],

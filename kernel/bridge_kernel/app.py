@@ -12,12 +12,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import zmq
-from traitlets import Dict, Unicode
+from traitlets import CaselessStrEnum, Dict, Unicode
 from traitlets.config import Application, Configurable
 
 from ._version import __version__
 from .lane import Lane
-from .lifetime import Parent, leave, orphaned
+from .lifetime import Lifeline, Parent, leave, orphaned
 from .output import capture, inherit_in_threads
 from .policy import Policy
 from .runtime import Runtime
@@ -53,10 +53,17 @@ class BridgeKernelApp(Application):
     flags = Dict({})
 
     connection_file = Unicode(help="The Jupyter connection file to serve.").tag(config=True)
+    lifeline = CaselessStrEnum(
+        ["", "stdin"],
+        "",
+        help="With 'stdin' the kernel ends, and all that it started, once its stdin does: who owns it holds the pipe.",
+    ).tag(config=True)
 
     def start(self) -> None:
         """Serve until shut down. Exits with 1 if the connection file cannot be served, with the reason on stderr."""
         faulthandler.enable()
+        if self.lifeline and not self._take_lifeline():
+            return
         for name in THREAD_LIMITS:
             os.environ.setdefault(name, "1")
         # Only a running cell may be interrupted by a signal; commands are stopped by the lane.
@@ -75,6 +82,16 @@ class BridgeKernelApp(Application):
         inherit_in_threads()
         capture()
         self._serve(runtime, info, sockets)
+
+    def _take_lifeline(self) -> bool:
+        """Before anything else: the owner may go while the kernel starts."""
+        try:
+            Lifeline().watch_in_thread(orphaned)
+        except OSError as exc:
+            self.log.critical("Bridge cannot take its lifeline, stdin: %s", exc)
+            self.exit(1)
+            return False
+        return True
 
     def _serve(self, runtime: Runtime, info: ConnectionInfo, sockets: Sockets) -> None:
         parent = Parent.from_environment()

@@ -1,4 +1,4 @@
-"""When a kernel must end by itself: its parent is gone, so nobody will ever end it."""
+"""When a kernel must end by itself: its parent is gone, or has let go of it, so nobody will ever end it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ("Parent", "leave", "orphaned")
+__all__ = ("Lifeline", "Parent", "leave", "orphaned")
 
 POLL_S: Final = 1.0
 
@@ -68,6 +68,37 @@ class Parent:
         threading.Thread(target=watch, name="bridge-parent", daemon=True).start()
 
 
+class Lifeline:
+    """A pipe on stdin, held open by whoever owns this kernel; its end is the kernel's.
+
+    For owners that are less than a process: a part of one that has failed closes its pipe, the process itself lives on.
+    Taking it also makes the kernel the leader of a process group of its own, so that nothing it started survives it.
+
+    Raises:
+        OSError: stdin is closed.
+    """
+
+    def __init__(self) -> None:
+        # Away from descriptor 0, and not inherited: a command's code, and what it starts, would read from it.
+        self._fd = os.dup(0)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        if hasattr(os, "setpgid") and os.getpgrp() != os.getpid():
+            os.setpgid(0, 0)
+
+    def watch_in_thread(self, on_end: Callable[[], None]) -> None:
+        """Call `on_end` once it has ended, on a thread of its own; what is written to it means nothing."""
+
+        def watch() -> None:
+            with contextlib.suppress(OSError):  # closed by a command's code: better ended than never to be ended
+                while os.read(self._fd, 4096):
+                    pass
+            on_end()
+
+        threading.Thread(target=watch, name="bridge-lifeline", daemon=True).start()
+
+
 def remove_runtime_directory() -> None:
     """Remove the directory of the host that started us: its connection files hold keys, and nobody else will."""
     directory = os.environ.get("BRIDGE_RUNTIME_DIR", "")
@@ -89,7 +120,7 @@ def end_group() -> None:
 
 
 def orphaned() -> None:
-    """The parent is gone: clean up after it, and end."""
+    """The parent is gone, or its lifeline is: clean up after it, and end."""
     gc.disable()  # a finalizer of a command's may wait for ever for what a stuck thread holds
     remove_runtime_directory()
     end_group()

@@ -1,0 +1,757 @@
+defmodule Bridge.Command do
+  @moduledoc false
+  # One command, in a process of its own for as long as it runs: its place in a kernel, its attempts, its callbacks, its
+  # commit. Whoever asked for it is monitored: when nobody waits any more it is cancelled, in the kernel too.
+
+  use GenServer, restart: :temporary
+
+  alias Bridge.{Callbacks, Config, Error, Journal, Kernel, Pool, Request, SessionStore, Telemetry, Value}
+  alias Bridge.Command.{Chunks, Current}
+  alias Bridge.Store.Staged
+  alias Bridge.Telemetry.Trace
+
+  # From the next attempt on it runs alone: if that kernel dies too, it is proven who did it.
+  @shared_attempts 2
+  # How long after its deadline a kernel may still say so itself.
+  @late_ms 500
+  @max_nesting 64
+  @max_key 255
+
+  @enforce_keys [:cfg, :session, :prepared, :terms, :id, :trace]
+  defstruct @enforce_keys ++
+              [
+                :place,
+                :ref,
+                :asked,
+                :ask,
+                :began,
+                :tried,
+                :leader,
+                :chunks,
+                :timer,
+                waiters: %{},
+                attempt: 0,
+                died: 0,
+                avoid: [],
+                resent: false,
+                again?: false,
+                tools: %{},
+                journal: %Journal{},
+                staged: nil
+              ]
+
+  @type t :: %__MODULE__{}
+
+  # -- for who asks --------------------------------------------------------------------
+
+  @doc """
+  Runs a request, and waits for its result. If the caller dies, it is cancelled.
+
+  `opts`: `deadline` (ms, callbacks included), `retries`, `idempotency_key`.
+  """
+  @spec run(Config.t(), String.t(), Request.request(), keyword()) :: {:ok, term()} | {:error, Error.t()}
+  def run(cfg, session, request, opts) do
+    with {:ok, terms} <- terms(cfg, opts),
+         {:ok, prepared} <- Request.prepare(cfg, session, request),
+         :ok <- allowed(cfg, prepared) do
+      if terms.key, do: once(cfg, session, prepared, terms), else: start_and_wait(cfg, session, prepared, terms, [])
+    end
+  end
+
+  @doc "Goes on with a command that was interrupted, from what its journal has."
+  @spec resume(Config.t(), map(), [Journal.Entry.t()], keyword()) :: {:ok, term()} | {:error, Error.t()}
+  def resume(cfg, command, entries, opts) do
+    with {:ok, terms} <- terms(cfg, opts),
+         {:ok, prepared} <- Request.prepare(cfg, command.session, command.params) do
+      terms = %{terms | key: command.key}
+      more = [id: command.id, journal: Journal.new(entries), attempt: command.attempt]
+      start_and_wait(cfg, command.session, prepared, terms, more)
+    end
+  end
+
+  defp allowed(cfg, prepared) do
+    if Pool.quarantine(cfg) == [], do: :ok, else: Pool.check_quarantine(cfg, Request.digest(prepared))
+  end
+
+  defp terms(cfg, opts) do
+    {deadline, retries, key} = {opts[:deadline], Keyword.get(opts, :retries, cfg.retries), opts[:idempotency_key]}
+    current = Current.get(cfg.name)
+
+    cond do
+      deadline != nil and not (is_number(deadline) and deadline > 0) ->
+        invalid("deadline is how many milliseconds there are, more than 0, not #{inspect(deadline)}")
+
+      not (is_integer(retries) and retries >= 0) ->
+        invalid("retries is how often a command may run again, 0 or more, not #{inspect(retries)}")
+
+      key != nil and not (is_binary(key) and String.valid?(key) and String.length(key) in 1..@max_key) ->
+        invalid(
+          "an idempotency key is a string of 1 to #{@max_key} characters, not #{inspect(key, printable_limit: 80)}"
+        )
+
+      current != nil and current.depth >= @max_nesting ->
+        Error.error(:limit_exceeded, "commands are nested #{current.depth + 1} deep, at most #{@max_nesting}",
+          remedy: "A tool seems to call, through commands, itself."
+        )
+
+      true ->
+        until = [deadline && now() + deadline, current && current.until] |> Enum.filter(& &1) |> Enum.min(fn -> nil end)
+        depth = if current, do: current.depth + 1, else: 0
+        keys = if current, do: current.keys, else: []
+        {:ok, %{until: until, retries: retries, key: key, depth: depth, keys: keys}}
+    end
+  end
+
+  defp invalid(message), do: Error.error(:invalid_params, message)
+
+  defp start_and_wait(cfg, session, prepared, terms, more) do
+    case start(cfg, session, prepared, terms, more) do
+      {:ok, reading} -> await(reading, :infinity)
+      {:error, error} -> {:error, error}
+    end
+  end
+
+  defp start(cfg, session, prepared, terms, more) do
+    ref = make_ref()
+    trace = Telemetry.trace(cfg)
+    asked = %{caller: self(), ref: ref, leader: Process.group_leader(), trace: trace}
+    child = {__MODULE__, {cfg, session, prepared, terms, asked, more}}
+
+    case DynamicSupervisor.start_child(Config.process(cfg.name, :commands), child) do
+      {:ok, pid} -> {:ok, {pid, ref, Process.monitor(pid)}}
+      {:error, %Error{} = error} -> {:error, error}
+      {:error, {:already, pid}} -> {:already, pid}
+      {:error, reason} -> Error.error(:internal_error, "the command could not be started: #{inspect(reason)}")
+    end
+  catch
+    :exit, _reason -> Error.error(:host_closed, "#{inspect(cfg.name)} is not running")
+  end
+
+  defp await({pid, ref, monitor}, timeout) do
+    receive do
+      {^ref, {:done, result}} ->
+        Process.demonitor(monitor, [:flush])
+        result
+
+      {:DOWN, ^monitor, :process, _pid, reason} ->
+        ended(reason)
+    after
+      timeout ->
+        Process.demonitor(monitor, [:flush])
+        GenServer.cast(pid, {:leave, ref})
+        :timeout
+    end
+  end
+
+  defp ended(reason) when reason in [:noproc, :shutdown] or (is_tuple(reason) and elem(reason, 0) == :shutdown) do
+    Error.error(:host_closed, "Bridge was stopped while the command ran")
+  end
+
+  defp ended(reason), do: Error.error(:internal_error, "the command's process failed: #{Exception.format_exit(reason)}")
+
+  # -- idempotency keys ------------------------------------------------------------------
+
+  # Only what succeeded is remembered. Whoever gives up leaves the others waiting; the command is cancelled with the last.
+  defp once(cfg, session, prepared, terms) do
+    digest = Request.digest(prepared)
+
+    with :ok <- not_itself(session, terms),
+         :error <- SessionStore.result(cfg, session, terms.key) do
+      case Registry.lookup(Config.process(cfg.name, :keys), {session, terms.key}) do
+        [{pid, known}] -> with :ok <- same(terms.key, known, digest), do: join(cfg, session, prepared, terms, pid)
+        [] -> begin_or_resume(cfg, session, prepared, terms, digest)
+      end
+    else
+      {:ok, %{digest: known, value: value}} -> with :ok <- same(terms.key, known, digest), do: {:ok, value}
+      {:error, error} -> {:error, error}
+    end
+  end
+
+  defp not_itself(session, terms) do
+    if {session, terms.key} in terms.keys do
+      Error.error(
+        :conflict,
+        "the command with the key #{inspect(terms.key)} would wait for itself: its own tool sends it again",
+        remedy: "Give the inner command a key of its own."
+      )
+    else
+      :ok
+    end
+  end
+
+  defp same(_key, digest, digest), do: :ok
+
+  defp same(key, _known, _digest) do
+    Error.error(:conflict, "the idempotency key #{inspect(key)} was used for another command",
+      remedy: "One key names one command with its arguments: choose another."
+    )
+  end
+
+  defp begin_or_resume(cfg, session, prepared, terms, digest) do
+    more =
+      case SessionStore.command_with_key(cfg, session, terms.key) do
+        {:ok, %{status: :interrupted} = command} ->
+          with :ok <- same(terms.key, command.digest, digest),
+               {:ok, entries} <- Bridge.Recovery.entries(cfg, command, %{}, []) do
+            {:ok, [id: command.id, journal: Journal.new(entries), attempt: command.attempt]}
+          end
+
+        {:error, error} ->
+          {:error, error}
+
+        _none ->
+          {:ok, []}
+      end
+
+    with {:ok, more} <- more do
+      case start(cfg, session, prepared, terms, [{:digest, digest} | more]) do
+        {:ok, reading} -> await(reading, :infinity)
+        # Somebody was faster.
+        {:already, _pid} -> once(cfg, session, prepared, terms)
+        {:error, error} -> {:error, error}
+      end
+    end
+  end
+
+  defp join(cfg, session, prepared, terms, pid) do
+    ref = make_ref()
+    monitor = Process.monitor(pid)
+    GenServer.cast(pid, {:join, self(), ref})
+    timeout = if terms.until, do: max(round(terms.until - now()), 0) + @late_ms, else: :infinity
+
+    case await({pid, ref, monitor}, timeout) do
+      :timeout ->
+        Error.error(
+          :deadline_exceeded,
+          "#{prepared.subject} still runs for another caller with the key #{inspect(terms.key)}"
+        )
+
+      # It ended before it heard of us, or the time of whoever began it was up, not ours.
+      {:error, %Error{name: :host_closed}} ->
+        with {:ok, _cfg} <- Config.fetch(cfg.name), do: once(cfg, session, prepared, terms)
+
+      {:error, %Error{name: :deadline_exceeded} = error} ->
+        if terms.until == nil or now() < terms.until, do: once(cfg, session, prepared, terms), else: {:error, error}
+
+      result ->
+        result
+    end
+  end
+
+  # -- streams -----------------------------------------------------------------------------
+
+  @doc "Begins a stream, for the process that calls this to read with `next/1`."
+  @spec stream(Config.t(), String.t(), Request.request(), keyword()) :: {:ok, term()} | {:error, Error.t()}
+  def stream(cfg, session, request, opts) do
+    with {:ok, terms} <- terms(cfg, Keyword.delete(opts, :idempotency_key)),
+         {:ok, prepared} <- Request.prepare(cfg, session, request),
+         :ok <- allowed(cfg, prepared) do
+      start(cfg, session, prepared, terms, chunks: Chunks.new())
+    end
+  end
+
+  @doc "The next value; `:done` when the generator has ended."
+  @spec next(term()) :: {:ok, term()} | :done | {:error, Error.t()}
+  def next({pid, ref, monitor}) do
+    # In this order: what was yielded before the end is read before it.
+    receive do
+      {^ref, {:chunk, value}} ->
+        GenServer.cast(pid, :consumed)
+        {:ok, value}
+
+      {^ref, {:done, {:ok, _returned}}} ->
+        :done
+
+      {^ref, {:done, {:error, error}}} ->
+        {:error, error}
+
+      {:DOWN, ^monitor, :process, _pid, reason} ->
+        ended(reason)
+    end
+  end
+
+  @doc "Stops the generator, if it still runs; what it had sent is dropped."
+  @spec abandon(term()) :: :ok
+  def abandon({pid, ref, monitor}) do
+    Process.demonitor(monitor, [:flush])
+    GenServer.cast(pid, {:leave, ref})
+    flush(ref)
+  end
+
+  defp flush(ref) do
+    receive do
+      {^ref, _} -> flush(ref)
+    after
+      0 -> :ok
+    end
+  end
+
+  # -- the process ----------------------------------------------------------------------------
+
+  @spec start_link(tuple()) :: GenServer.on_start()
+  def start_link(args), do: GenServer.start_link(__MODULE__, args)
+
+  @impl true
+  def init({cfg, session, prepared, terms, asked, more}) do
+    Process.group_leader(self(), asked.leader)
+    Process.flag(:trap_exit, true)
+
+    state = %__MODULE__{
+      cfg: cfg,
+      session: session,
+      prepared: prepared,
+      terms: terms,
+      id: more[:id] || Base.encode16(:rand.bytes(12), case: :lower),
+      trace: asked.trace,
+      leader: asked.leader,
+      journal: more[:journal] || Journal.new(),
+      attempt: more[:attempt] || 0,
+      chunks: more[:chunks],
+      staged: Staged.new(),
+      waiters: %{asked.ref => {asked.caller, Process.monitor(asked.caller)}},
+      began: System.monotonic_time()
+    }
+
+    with :ok <- register(state, more[:digest]), :ok <- begun(state, more[:digest]) do
+      tell(state, :start, %{system_time: System.system_time()}, %{})
+      {:ok, state, {:continue, :acquire}}
+    else
+      {:already, pid} -> {:stop, {:already, pid}}
+      {:error, error} -> {:stop, error}
+    end
+  end
+
+  defp register(%{terms: %{key: nil}}, _digest), do: :ok
+
+  defp register(state, digest) do
+    digest = digest || Request.digest(state.prepared)
+
+    case Registry.register(Config.process(state.cfg.name, :keys), {state.session, state.terms.key}, digest) do
+      {:ok, _owner} -> :ok
+      {:error, {:already_registered, pid}} -> {:already, pid}
+    end
+  end
+
+  defp begun(state, digest) do
+    prepared = state.prepared
+
+    command = %{
+      id: state.id,
+      session: state.session,
+      method: prepared.method,
+      subject: prepared.subject,
+      params: prepared.request,
+      key: state.terms.key,
+      digest: digest || (state.terms.key && Request.digest(prepared)),
+      attempt: max(state.attempt, 1),
+      sealed: prepared.secret?
+    }
+
+    with :ok <- SessionStore.begin_command(state.cfg, command),
+         do: SessionStore.busy(state.cfg, state.session, self())
+  end
+
+  # -- a place -----------------------------------------------------------------------------------
+
+  @impl true
+  def handle_continue(:acquire, state), do: {:noreply, acquire(state)}
+
+  defp acquire(state) do
+    ask = %{
+      session: state.session,
+      subject: command_name(state.prepared),
+      exclude: state.avoid,
+      alone: state.died >= @shared_attempts,
+      nested: state.terms.depth > 0,
+      trace: Trace.metadata(state.trace)
+    }
+
+    timeout = if state.terms.until, do: max(round(state.terms.until - now()), 0), else: :infinity
+    %{state | ask: ask, asked: Pool.request(state.cfg, ask, timeout), place: nil, ref: nil}
+  end
+
+  # Two sessions' functions of one name are two commands, as far as their durations and failures are concerned.
+  defp command_name(%{source: nil} = prepared), do: prepared.subject
+  defp command_name(prepared), do: "#{prepared.subject} #{String.slice(prepared.source, 0, 8)}"
+
+  defp attempt(state, place) do
+    ref = make_ref()
+    attempt = if state.again?, do: state.attempt, else: state.attempt + 1
+    remaining = if state.terms.until, do: max(state.terms.until - now(), 0)
+
+    params =
+      Request.params(state.prepared, state.session, %{
+        deadline: remaining,
+        attempt: attempt,
+        traceparent: Trace.traceparent(state.trace),
+        telemetry: Telemetry.params(state.cfg, state.session)
+      })
+
+    Kernel.request(place.pid, ref, state.prepared.method, params, state.prepared.buffers)
+    if state.timer, do: Process.cancel_timer(state.timer)
+    timer = if remaining, do: Process.send_after(self(), {:late, ref}, round(remaining) + @late_ms)
+    chunks = state.chunks && Chunks.attempt(state.chunks)
+
+    %{
+      state
+      | place: place,
+        ref: ref,
+        asked: nil,
+        attempt: attempt,
+        again?: false,
+        timer: timer,
+        chunks: chunks,
+        tried: System.monotonic_time(),
+        staged: Staged.new(),
+        journal: Journal.begin(state.journal)
+    }
+  end
+
+  # -- what happens ---------------------------------------------------------------------------------
+
+  @impl true
+  def handle_cast({:join, caller, ref}, state) do
+    {:noreply, put_in(state.waiters[ref], {caller, Process.monitor(caller)})}
+  end
+
+  def handle_cast({:leave, ref}, state), do: left(state, ref)
+
+  def handle_cast(:consumed, state) do
+    {chunks, credit} = Chunks.consumed(state.chunks)
+    if credit > 0 and state.ref, do: Kernel.credit(state.place.pid, state.ref, credit)
+    {:noreply, %{state | chunks: chunks}}
+  end
+
+  @impl true
+  def handle_info({:bridge_kernel, ref, event}, %{ref: ref} = state), do: on_kernel(event, state)
+  # Late words of a kernel that was given up.
+  def handle_info({:bridge_kernel, _other, _event}, state), do: {:noreply, state}
+
+  def handle_info({:late, ref}, %{ref: ref} = state) when ref != nil do
+    Kernel.cancel(state.place.pid, ref)
+    release(state, :deadline)
+    error = Error.new(:deadline_exceeded, "the deadline passed, and the kernel did not say so")
+    finish(%{state | place: nil, ref: nil}, {:error, error})
+  end
+
+  def handle_info({:late, _other}, state), do: {:noreply, state}
+
+  def handle_info({:DOWN, monitor, :process, _pid, reason} = message, state) do
+    case {Map.pop(state.tools, monitor), Enum.find(state.waiters, &match?({_, {_, ^monitor}}, &1))} do
+      {{%{} = tool, tools}, _} ->
+        {:noreply, tool_ended(%{state | tools: tools}, tool, Callbacks.crashed(tool.tool, reason))}
+
+      {_, {ref, _waiter}} ->
+        left(state, ref)
+
+      {_, nil} ->
+        granted(message, state)
+    end
+  end
+
+  def handle_info({:tool_timeout, monitor}, state) do
+    case Map.pop(state.tools, monitor) do
+      {nil, _tools} ->
+        {:noreply, state}
+
+      {tool, tools} ->
+        Process.demonitor(monitor, [:flush])
+        Process.exit(tool.pid, :kill)
+        {:noreply, tool_ended(%{state | tools: tools}, tool, Callbacks.timed_out(tool.tool))}
+    end
+  end
+
+  def handle_info({:io_reply, _ref, _reply}, state), do: {:noreply, state}
+  def handle_info({:EXIT, _pid, _reason}, state), do: {:noreply, state}
+
+  # A tool's reply: the message of its task.
+  def handle_info({monitor, {:tool, reply}}, state) when is_map_key(state.tools, monitor) do
+    Process.demonitor(monitor, [:flush])
+    {tool, tools} = Map.pop!(state.tools, monitor)
+    {:noreply, tool_ended(%{state | tools: tools}, tool, reply)}
+  end
+
+  def handle_info(message, state), do: granted(message, state)
+
+  defp granted(_message, %{asked: nil} = state), do: {:noreply, state}
+
+  defp granted(message, state) do
+    case Pool.checked_out(state.cfg, state.ask, message, state.asked) do
+      :no_reply -> {:noreply, state}
+      {:ok, place} -> {:noreply, attempt(state, place)}
+      {:error, error} -> finish(%{state | asked: nil}, {:error, error})
+    end
+  end
+
+  defp left(state, ref) do
+    case Map.pop(state.waiters, ref) do
+      {nil, _waiters} ->
+        {:noreply, state}
+
+      {{_pid, monitor}, waiters} ->
+        Process.demonitor(monitor, [:flush])
+        state = %{state | waiters: waiters}
+        if waiters == %{}, do: cancelled(state), else: {:noreply, state}
+    end
+  end
+
+  defp cancelled(state) do
+    if state.ref do
+      Kernel.cancel(state.place.pid, state.ref)
+      release(state, :cancelled)
+    end
+
+    finish(%{state | place: nil, ref: nil}, Error.error(:cancelled, "nobody waits for it any more"))
+  end
+
+  defp release(%{place: nil}, _outcome), do: :ok
+  defp release(state, outcome), do: Pool.checkin(state.cfg, state.place.lease, outcome)
+
+  # -- what the kernel says ----------------------------------------------------------------------------
+
+  defp on_kernel({:callback, callback, method, params, buffers}, state) do
+    case Callbacks.serve(state, callback, method, params, buffers) do
+      {:ok, state} -> {:noreply, state}
+      {:diverged, state, error} -> give_up(state, error)
+    end
+  end
+
+  defp on_kernel({:notification, "command.chunk", params, buffers}, %{chunks: %Chunks{} = chunks} = state) do
+    case Chunks.take(chunks, params, buffers, &decode(state, &1, buffers, &2)) do
+      {:ok, chunks, value} ->
+        for {ref, {pid, _}} <- state.waiters, do: send(pid, {ref, {:chunk, value}})
+        {:noreply, %{state | chunks: chunks}}
+
+      {:again, chunks, credit} ->
+        if credit > 0, do: Kernel.credit(state.place.pid, state.ref, credit)
+        {:noreply, %{state | chunks: chunks}}
+
+      {:error, error} ->
+        give_up(state, error)
+    end
+  end
+
+  defp on_kernel({:notification, _method, _params, _buffers}, state), do: {:noreply, state}
+
+  defp on_kernel({:output, name, text}, state) do
+    if state.cfg.on_output do
+      state.cfg.on_output.(%{name: name, text: text, session: state.session, command: state.id, kernel: state.place.id})
+    else
+      # Not waited for: a group leader that hangs holds nothing up.
+      send(state.leader, {:io_request, self(), make_ref(), {:put_chars, :unicode, text}})
+    end
+
+    {:noreply, state}
+  end
+
+  defp on_kernel({:display, content, update?}, state) do
+    Bridge.Live.display(Bridge.Display.new(content, update: update?), state.leader)
+    {:noreply, state}
+  end
+
+  defp on_kernel({:answer, {:ok, result, buffers}}, state) do
+    release(state, :ok)
+    state = %{state | place: nil, ref: nil}
+
+    with :ok <- Journal.check_complete(state.journal),
+         :ok <- Chunks.check_complete(state.chunks),
+         {:ok, value, changes} <- read(state, result, buffers),
+         {:ok, _versions} <- commit(state, value, changes) do
+      finish(state, {:ok, value})
+    else
+      {:error, error} -> finish(state, {:error, error})
+    end
+  end
+
+  defp on_kernel({:answer, {:error, %Error{name: :source_missing}}}, %{resent: false} = state) do
+    Kernel.forget_source(state.place.pid, state.prepared.source)
+    release(state, {:error, :source_missing})
+    {:noreply, acquire(%{state | resent: true, again?: true})}
+  end
+
+  defp on_kernel({:answer, {:error, error}}, state) do
+    release(state, {:error, error.name})
+    finish(%{state | place: nil, ref: nil}, {:error, error})
+  end
+
+  defp on_kernel({:died, error}, state) do
+    release(state, :died)
+    lost(state)
+    state = %{state | died: state.died + 1, avoid: [state.place.id | state.avoid], place: nil, ref: nil}
+
+    cond do
+      state.died > @shared_attempts ->
+        info = %{name: state.prepared.subject, session: state.session, kernels: state.died, last: error.message}
+        finish(state, {:error, Pool.quarantine(state.cfg, Request.digest(state.prepared), info)}, :lost)
+
+      state.died > state.terms.retries ->
+        finish(state, {:error, error}, :lost)
+
+      state.journal.overflowed and state.journal.effects ->
+        message = "#{error.message}; the command called back too often to be repeated"
+        finish(state, Error.error(:kernel_died, message, remedy: "Split it into several."), :lost)
+
+      true ->
+        measured = %{attempt: state.attempt + 1, recorded: Journal.count(state.journal)}
+        told(state, [:bridge, :execution, :retry], measured, said(state))
+        {:noreply, acquire(state)}
+    end
+  end
+
+  # The command cannot go on, whatever its code makes of it: its caller is told now.
+  defp give_up(state, error) do
+    Kernel.cancel(state.place.pid, state.ref)
+    release(state, {:error, error.name})
+    finish(%{state | place: nil, ref: nil}, {:error, error})
+  end
+
+  defp tool_ended(state, tool, reply) do
+    if tool.timer, do: Process.cancel_timer(tool.timer)
+    Callbacks.tool_ended(state, tool, reply)
+  end
+
+  # -- the result ----------------------------------------------------------------------------------------
+
+  defp read(%{prepared: %{method: "instance.create"}} = state, result, buffers) do
+    record = state.prepared.instance
+
+    with {:ok, kept, nil} <- state_of(state, result["state"], [], buffers) do
+      made = Map.merge(record, %{state: kept, version: 1, methods: strings(result["methods"])})
+      ref = %Bridge.Ref{id: record.ref, class: record.class, version: 1, session: state.session, bridge: state.cfg.name}
+      {:ok, ref, [{:instance, made, nil}]}
+    end
+  end
+
+  defp read(%{prepared: %{method: "object.inspect"}}, result, _buffers), do: {:ok, Bridge.Inspected.new(result), []}
+
+  defp read(%{prepared: %{instance: %{} = record}} = state, result, buffers) do
+    with {:ok, kept, value} <- state_of(state, result["state"], [{"result", result["value"]}], buffers) do
+      changed = kept && %{record | state: kept, version: record.version + 1}
+      {:ok, value, if(changed, do: [{:instance, changed, record.version}], else: [])}
+    end
+  end
+
+  defp read(state, result, buffers) do
+    with {:ok, value} <- decode(state, result["value"], buffers, "result"), do: {:ok, value, []}
+  end
+
+  defp strings(list) when is_list(list), do: Enum.filter(list, &is_binary/1)
+  defp strings(_none), do: []
+
+  defp state_of(state, nil, values, buffers) do
+    with {:ok, values} <- Value.decode_many(values, buffers, hook: &hook(state, &1)), do: {:ok, nil, List.first(values)}
+  end
+
+  defp state_of(state, %{"adapter" => adapter} = kept, values, buffers) when is_binary(adapter) do
+    # A ref within a state is the kernel's: it goes back as it came.
+    with {:ok, [inner | values]} <-
+           Value.decode_many([{"state", kept["value"]} | values], buffers, hook: &hook(state, &1)) do
+      {:ok, %{adapter: adapter, value: inner, sha256: kept["sha256"]}, List.first(values)}
+    end
+  end
+
+  defp state_of(_state, _other, _values, _buffers) do
+    Error.error(:internal_error, "the kernel's answer does not fit the contract: its state has no adapter")
+  end
+
+  defp decode(state, json, buffers, path), do: Value.decode(json, buffers, path: path, hook: &hook(state, &1))
+
+  @doc false
+  # What a ref that comes from a kernel becomes: one that knows whose it is.
+  @spec hook(t(), struct()) :: struct()
+  def hook(state, %Bridge.Ref{} = ref), do: %{ref | session: state.session, bridge: state.cfg.name}
+  def hook(_state, other), do: other
+
+  defp commit(state, value, changes) do
+    ops = Staged.ops(state.staged) ++ changes
+
+    result = if key = state.terms.key, do: %{key: key, digest: Request.digest(state.prepared), value: value}
+
+    if ops == [] and result == nil do
+      with :ok <- SessionStore.end_command(state.cfg, state.id, :ok), do: {:ok, %{}}
+    else
+      SessionStore.commit(state.cfg, state.id, state.session, ops, result)
+    end
+  end
+
+  # -- its end ----------------------------------------------------------------------------------------------
+
+  defp finish(state, result, how \\ :ended) do
+    if state.timer, do: Process.cancel_timer(state.timer)
+    for {_monitor, tool} <- state.tools, do: Process.exit(tool.pid, :shutdown)
+    result = with {:error, error} <- result, do: {:error, failed(state, error, how)}
+
+    # Who has the result may look at once: it is told before.
+    case result do
+      {:ok, _value} -> tell(state, :stop, measured(state), %{})
+      {:error, error} -> tell(state, :exception, measured(state), %{error: error.type})
+    end
+
+    for {ref, {pid, _monitor}} <- state.waiters, do: send(pid, {ref, {:done, result}})
+    {:stop, :normal, state}
+  end
+
+  # Who comes with the key again must not pay twice: a command that was lost, or out of time, goes on then where it was.
+  defp failed(state, error, how) do
+    out_of_time = error.name == :deadline_exceeded and state.terms.until != nil and now() >= state.terms.until
+    keep? = state.terms.key != nil and (how == :lost or out_of_time) and error.name != :quarantined
+    if keep?, do: Callbacks.keep(state)
+
+    case SessionStore.end_command(state.cfg, state.id, {:error, error.name}, keep: keep?) do
+      :ok -> error
+      # The disk: told to whoever writes next. What ended this is what counts here.
+      {:error, _store} -> error
+    end
+  end
+
+  @impl true
+  def terminate(:normal, _state), do: :ok
+
+  # The bridge is being stopped: the command has not ended, and is listed when the store is opened again.
+  def terminate(_reason, state) do
+    for {ref, {pid, _monitor}} <- state.waiters do
+      send(pid, {ref, {:done, Error.error(:host_closed, "Bridge was stopped while the command ran")}})
+    end
+
+    :ok
+  end
+
+  # -- telling --------------------------------------------------------------------------------------------------
+
+  defp measured(state), do: %{duration: System.monotonic_time() - state.began, attempts: max(state.attempt, 1)}
+
+  defp said(state) do
+    Map.merge(Trace.metadata(state.trace), %{
+      command: state.prepared.method,
+      subject: state.prepared.subject,
+      session: state.session
+    })
+  end
+
+  defp tell(state, last, measured, more) do
+    told(
+      state,
+      [:bridge, :command, last],
+      measured,
+      state |> said() |> Map.put(:command_id, state.id) |> Map.merge(more)
+    )
+  end
+
+  defp told(%{trace: %{sampled: true}} = state, name, measured, said),
+    do: Telemetry.execute(state.cfg, name, measured, said)
+
+  defp told(state, name, measured, said), do: Telemetry.count(state.cfg, name, measured, said)
+
+  # The end of an attempt whose kernel cannot tell it itself.
+  defp lost(state) do
+    span = Trace.child_of(state.trace)
+
+    said =
+      Map.merge(said(state), Trace.metadata(span))
+      |> Map.merge(%{kernel: state.place.id, attempt: state.attempt, success: false, error: "bridge.KernelDied"})
+
+    told(state, [:bridge, :execution, :exception], %{duration: System.monotonic_time() - state.tried}, said)
+  end
+
+  defp now, do: System.monotonic_time(:millisecond)
+end

@@ -1,0 +1,57 @@
+defmodule Bridge.Kernels do
+  @moduledoc false
+  # The places for kernels, a process each: as many as are wanted. A kernel that dies is started anew by its own place;
+  # the supervisor is for a place that fails itself.
+
+  use DynamicSupervisor
+
+  alias Bridge.{Config, Error, Telemetry}
+
+  @spec start_link(Config.t()) :: Supervisor.on_start()
+  def start_link(cfg) do
+    with {:ok, pid} <- DynamicSupervisor.start_link(__MODULE__, cfg, name: Config.process(cfg.name, :kernels)) do
+      Enum.each(1..cfg.kernels//1, fn _ -> add(cfg) end)
+      {:ok, pid}
+    end
+  end
+
+  @impl true
+  # Several kernels may meet the same trouble at once; one that fails for ever is held back by its own place.
+  def init(cfg), do: DynamicSupervisor.init(strategy: :one_for_one, max_restarts: 10 + 3 * cfg.kernels, max_seconds: 10)
+
+  @spec add(Config.t()) :: {:ok, pid()} | {:error, Error.t()}
+  def add(cfg) do
+    child = {Bridge.Kernel, {cfg, System.unique_integer([:positive, :monotonic])}}
+
+    case DynamicSupervisor.start_child(Config.process(cfg.name, :kernels), child) do
+      {:ok, pid} -> {:ok, pid}
+      {:error, reason} -> Error.error(:kernel_start_failed, inspect(reason))
+    end
+  end
+
+  @spec pids(Config.t()) :: [pid()]
+  def pids(cfg) do
+    for {_, pid, _, _} <- DynamicSupervisor.which_children(Config.process(cfg.name, :kernels)), is_pid(pid), do: pid
+  end
+
+  @doc "As many places as `count`: more are started, too many finish what runs there and go."
+  @spec scale(Config.t(), non_neg_integer()) :: :ok | {:error, Error.t()}
+  def scale(cfg, count) do
+    pids = pids(cfg)
+    before = length(pids)
+
+    if count != before do
+      measured = %{before: before, wanted: count}
+      Telemetry.execute(cfg, [:bridge, :pool, :scale], measured, %{reason: "scale"})
+    end
+
+    pids |> Enum.drop(count) |> Enum.each(&Bridge.Kernel.retire/1)
+
+    Enum.reduce_while(1..max(count - before, 0)//1, :ok, fn _, :ok ->
+      case add(cfg) do
+        {:ok, _pid} -> {:cont, :ok}
+        {:error, error} -> {:halt, {:error, error}}
+      end
+    end)
+  end
+end

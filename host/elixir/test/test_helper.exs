@@ -1,0 +1,1 @@
+ExUnit.start(capture_log: true, timeout: 120_000)

@@ -22,7 +22,8 @@ defmodule Bridge.MixProject do
   # No dependency at all. What is there beside Bridge (:telemetry, Kino, Nx, Decimal, Jason, :jiffy) is found at run time
   # or when Bridge is compiled, and used.
   def application do
-    [extra_applications: [:logger, :crypto]]
+    # Optional: it is on the code path of who has it, and Mix would hide it.
+    [extra_applications: [:logger, :crypto, jiffy: :optional]]
   end
 
   defp elixirc_paths(:test), do: ["lib", "test/support"]

@@ -3,7 +3,7 @@ defmodule Bridge.GenTest do
   # Not async: modules that are compiled while ExUnit still loads others have no documentation, and stderr is shared.
   use ExUnit.Case, async: false
 
-  alias Bridge.Gen
+  alias Bridge.{Gen, Inspected}
 
   doctest Bridge.Gen
 
@@ -18,7 +18,7 @@ defmodule Bridge.GenTest do
 
   defp recorded(path) do
     {:ok, inspected} = @recorded |> Path.join(path <> ".json") |> File.read!() |> Bridge.JSON.decode()
-    inspected
+    Inspected.new(inspected)
   end
 
   # What Bridge's functions are called with, in place of calling them.
@@ -81,8 +81,8 @@ defmodule Bridge.GenTest do
     {counter, _} = compile(source, "Py.Counter")
     assert counter.create(["banana"]) == {:create_instance, "collections.Counter", ["banana"], []}
 
-    assert counter.create([a: 1], session: "s") ==
-             {:create_instance, "collections.Counter", [a: 1], [session: "s"]}
+    assert counter.create(%{a: 1}, session: "s") ==
+             {:create_instance, "collections.Counter", %{a: 1}, [session: "s"]}
 
     assert counter.most_common(:ref, n: 2) == {:call_method, :ref, "most_common", [], [kwargs: [n: 2]]}
     assert counter.setdefault(:ref, "x", [5]) == {:call_method, :ref, "setdefault", ["x", 5], []}
@@ -98,6 +98,16 @@ defmodule Bridge.GenTest do
 
     assert math.isclose("s", 1, 2, [rel_tol: 0.5], deadline: 9) ==
              {:call, "s", "math.isclose", [1, 2], [kwargs: [rel_tol: 0.5], deadline: 9]}
+  end
+
+  test "attributes and properties are read" do
+    {:ok, source} = Gen.source(recorded("datetime.date"), "Py.Date")
+    {date, _} = compile(source, "Py.Date")
+    assert date.year(:ref) == {:call_method, :ref, "year", [], []}
+    {:ok, source} = Gen.source(recorded("pathlib.PurePath"), "Py.Path")
+    {path, _} = compile(source, "Py.Path")
+    assert path.suffix(:ref, deadline: 9) == {:call_method, :ref, "suffix", [], [deadline: 9]}
+    assert path.joinpath(:ref, ["a", "b"]) == {:call_method, :ref, "joinpath", ["a", "b"], []}
   end
 
   test "what Python says of types and defaults is in specs and documentation" do
@@ -117,7 +127,7 @@ defmodule Bridge.GenTest do
     names = ~w(create end def if __call__ call Call toDict to_dict 2nd héllo 名 module_info max self ___ a-b)
     members = for name <- names, do: %{"name" => name, "kind" => "method", "signature" => "(self)", "parameters" => []}
     inspected = %{"name" => "m.C", "kind" => "class", "signature" => "()", "parameters" => [], "members" => members}
-    {:ok, source} = Gen.source(inspected, "C")
+    {:ok, source} = Gen.source(Inspected.new(inspected), "C")
     {module, _} = compile(source, "C")
 
     called =
@@ -139,7 +149,7 @@ defmodule Bridge.GenTest do
 
     method = %{"name" => "m", "kind" => "method", "signature" => "(…)", "parameters" => parameters}
     inspected = %{"name" => "m.C", "kind" => "class", "signature" => "()", "parameters" => [], "members" => [method]}
-    {:ok, source} = Gen.source(inspected, "C")
+    {:ok, source} = Gen.source(Inspected.new(inspected), "C")
     assert source =~ "def m(ref, ref_2, opts_2, args_2, kwargs_2, end_, ref_3, opts \\\\ [])"
     {module, _} = compile(source, "C")
     assert module.m(:r, 1, 2, 3, 4, 5, 6) == {:call_method, :r, "m", [1, 2, 3, 4, 5, 6], []}
@@ -189,7 +199,7 @@ defmodule Bridge.GenTest do
         }
 
         for kind <- ~w(class module function) do
-          {:ok, source} = Gen.source(Map.put(inspected, "kind", kind), "Harm")
+          {:ok, source} = Gen.source(Inspected.new(Map.put(inspected, "kind", kind)), "Harm")
           {_, binary} = compile(source, "Harm")
           {moduledoc, _} = docs(binary)
           plain = text |> String.replace("\r", "") |> String.split("\n") |> Enum.map_join("\n", &String.trim_trailing/1)
@@ -209,7 +219,9 @@ defmodule Bridge.GenTest do
     end
 
     for inspected <- [%{}, %{"name" => "sys.path", "kind" => "value"}, %{"name" => 1, "kind" => "class"}] do
-      assert {:error, %Bridge.Error{name: :invalid_arguments, remedy: remedy}} = Gen.source(inspected, "A")
+      assert {:error, %Bridge.Error{name: :invalid_arguments, remedy: remedy}} =
+               Gen.source(Inspected.new(inspected), "A")
+
       assert remedy =~ "mix bridge.gen"
     end
   end

@@ -571,7 +571,7 @@ defmodule Bridge.Command do
 
   defp on_kernel({:answer, {:error, error}}, state) do
     release(state, {:error, error.name})
-    finish(%{state | place: nil, ref: nil}, {:error, error})
+    finish(%{state | place: nil, ref: nil}, {:error, in_our_words(error)})
   end
 
   defp on_kernel({:died, error}, state) do
@@ -597,6 +597,14 @@ defmodule Bridge.Command do
         {:noreply, acquire(state)}
     end
   end
+
+  # What to do about these is this host's to say; a kernel says it as for the Python host.
+  defp in_our_words(%Error{name: name, type: "bridge." <> _} = error)
+       when name in [:deadline_exceeded, :policy_denied, :overloaded, :invalid_arguments] do
+    %{error | remedy: Error.new(name).remedy}
+  end
+
+  defp in_our_words(error), do: error
 
   # The command cannot go on, whatever its code makes of it: its caller is told now.
   defp give_up(state, error) do

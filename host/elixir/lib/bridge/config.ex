@@ -124,6 +124,7 @@ defmodule Bridge.Config do
     )
 
     check(cfg.breaker == nil or is_map(cfg.breaker), :breaker, "a map, or nil", cfg.breaker)
+    if problem = cfg.breaker && Bridge.Pool.Breaker.problem(cfg.breaker), do: wrong("breaker: " <> problem)
 
     %{cfg | env: env(cfg.env), quota: Map.new(cfg.quota), recycle: Map.new(cfg.recycle)}
   end
@@ -143,7 +144,7 @@ defmodule Bridge.Config do
 
   defp env(env) do
     if is_map(env) or is_list(env),
-      do: Map.new(env, fn {name, value} -> {to_string(name), to_string(value)} end),
+      do: Map.new(env, fn {name, value} -> {to_string(name), value && to_string(value)} end),
       else: wrong("env: is a map of strings, not #{inspect(env)}")
   end
 

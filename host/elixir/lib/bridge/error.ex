@@ -121,4 +121,28 @@ defmodule Bridge.Error do
   @doc "The name of a code; one that this host does not know is `:internal_error`."
   @spec name_of(integer()) :: atom()
   def name_of(code), do: Map.get(@by_code, code, :internal_error)
+
+  @doc """
+  The error as it is shown where it is raised: type and text, where in Python it came from, and what to do.
+
+      iex> Exception.message(Bridge.Error.new(:not_found, "no tool \"x\"", remedy: "There is: \"y\"."))
+      "no tool \"x\"\nRemedy: There is: \"y\"."
+  """
+  @impl true
+  def message(%__MODULE__{} = error) do
+    said =
+      case error do
+        %{type: "bridge." <> _} -> error.message
+        %{type: ""} -> error.message
+        %{message: ""} -> error.type
+        _python -> "#{error.type}: #{error.message}"
+      end
+
+    frames = for frame <- error.traceback, do: "  #{frame.file}:#{frame.line} in #{frame.function}#{code(frame.code)}"
+    remedy = if error.remedy == "", do: [], else: ["Remedy: " <> error.remedy]
+    Enum.join([said] ++ frames ++ remedy, "\n")
+  end
+
+  defp code(""), do: ""
+  defp code(code), do: "\n    " <> String.trim(code)
 end

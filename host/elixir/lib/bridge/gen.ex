@@ -9,10 +9,10 @@ defmodule Bridge.Gen do
 
   Arguments that Python requires are parameters. Those that have a default are a keyword list, `kwargs`; Bridge's own
   options come after it, so that the two cannot be mixed up. `args` is there where Python takes any number of arguments, or
-  does not say what it takes.
+  does not say what it takes. Attributes and properties are functions that read them.
   """
 
-  alias Bridge.Error
+  alias Bridge.{Error, Inspected}
   alias Bridge.Gen.{Names, Types}
 
   @max_doc 20_000
@@ -20,26 +20,35 @@ defmodule Bridge.Gen do
   @kinds ~w(class module function)
 
   @doc """
-  The formatted source of the module called `name`, e.g. `"Dspy.Predict"`, for what was inspected (`name`, `kind`,
-  `parameters`, `doc`, `members`, as maps with string keys).
+  The formatted source of the module called `name`, e.g. `"Dspy.Predict"`, for what was inspected.
 
   Fails with `:invalid_arguments` for a name that is none of a module's, and for what is no class, module or function.
 
-      iex> inspected = %{"name" => "math.hypot", "kind" => "function", "signature" => "", "doc" => "The hypotenuse."}
+      iex> inspected = %Bridge.Inspected{name: "math.hypot", kind: "function", doc: "The hypotenuse."}
       iex> {:ok, source} = Bridge.Gen.source(inspected, "Py.Hypot")
       iex> source =~ "def hypot(session, args \\\\\\\\ [], opts \\\\\\\\ [])"
       true
   """
-  @spec source(map(), String.t()) :: {:ok, String.t()} | {:error, Error.t()}
-  def source(inspected, name) do
-    with :ok <- module_name(name), {:ok, kind, path} <- subject(inspected) do
+  @spec source(Inspected.t(), String.t()) :: {:ok, String.t()} | {:error, Error.t()}
+  def source(%Inspected{} = inspected, name) do
+    inspected = said(inspected)
+
+    with :ok <- check_name(name), {:ok, kind, path} <- subject(inspected) do
       functions = functions(kind, path, inspected)
       code = IO.iodata_to_binary(module(name, kind, path, inspected, functions))
       {:ok, IO.iodata_to_binary([Code.format_string!(code), "\n"])}
     end
   end
 
-  defp module_name(name) do
+  @doc "What was inspected as members are: a map with strings for keys, as the protocol has it."
+  @spec said(Inspected.t()) :: %{String.t() => term()}
+  def said(%Inspected{} = inspected) do
+    for {key, value} <- Map.from_struct(inspected), into: %{}, do: {Atom.to_string(key), value}
+  end
+
+  @doc "Whether it is the name of a module, as source has it: nothing else gets into the source unescaped."
+  @spec check_name(String.t()) :: :ok | {:error, Error.t()}
+  def check_name(name) do
     if is_binary(name) and byte_size(name) <= @max_name and name =~ ~r/\A[A-Z][A-Za-z0-9_]*(\.[A-Z][A-Za-z0-9_]*)*\z/ do
       :ok
     else
@@ -61,8 +70,11 @@ defmodule Bridge.Gen do
 
   defp functions("class", path, inspected) do
     constructor = %{inspected | "name" => "create"} |> Map.put("summary", "Makes an instance of `#{code(path)}`.")
-    methods = for %{"kind" => "method"} = member <- members(inspected), do: bound(member)
-    [{:create, "create", constructor} | Names.unique(methods, ["create"], &{:method, &1, &2})]
+
+    used =
+      for %{"kind" => kind} = member when kind in ~w(method property attribute) <- members(inspected), do: bound(member)
+
+    [{:create, "create", constructor} | Names.unique(used, ["create"], &{role(&2), &1, &2})]
   end
 
   defp functions("module", _path, inspected) do
@@ -74,6 +86,9 @@ defmodule Bridge.Gen do
     function = %{inspected | "name" => last(path)} |> Map.put("summary", "Calls `#{code(path)}`.")
     Names.unique([function], [], &{:function, &1, &2})
   end
+
+  defp role(%{"kind" => "method"}), do: :method
+  defp role(_property), do: :attribute
 
   # A method's first parameter is the instance. The contract does not say which functions of a class are static, so it is
   # known by its name.
@@ -95,7 +110,7 @@ defmodule Bridge.Gen do
       heredoc([
         opening(kind, path),
         described(inspected["doc"]),
-        properties(inspected),
+        constants(kind, inspected),
         "Written by `mix bridge.gen #{name} #{code(path)}`, and yours to change."
       ]),
       "\"\"\"\n\n",
@@ -111,12 +126,14 @@ defmodule Bridge.Gen do
 
   defp opening(kind, path), do: "The Python #{kind} `#{code(path)}`, called in a kernel."
 
-  defp properties(inspected) do
-    case for %{"kind" => kind, "name" => name} when kind in ~w(property attribute) <- members(inspected), do: name do
+  defp constants("module", inspected) do
+    case for %{"kind" => "attribute", "name" => name} <- members(inspected), do: name do
       [] -> ""
       names -> "It also has " <> Enum.map_join(names, ", ", &"`#{code(&1)}`") <> ", which are no functions."
     end
   end
+
+  defp constants(_kind, _inspected), do: ""
 
   defp constant("class", path), do: "@class #{literal(path)}\n\n"
   defp constant(_kind, _path), do: ""
@@ -136,8 +153,8 @@ defmodule Bridge.Gen do
     python = member["name"]
     {given, optional} = arguments(member, role)
     required = Enum.map(given, fn {name, _parameter} -> name end)
-    open = open?(member)
-    named = optional != [] or free?(member)
+    open = role != :attribute and open?(member)
+    named = role != :attribute and (optional != [] or free?(member))
 
     either = open and given == []
 
@@ -146,7 +163,7 @@ defmodule Bridge.Gen do
       Enum.concat([
         first(role),
         Enum.map(given, fn {name, parameter} -> {name, Types.of(parameter["annotation"])} end),
-        if(either, do: [{"args \\\\ []", either_type(named)}], else: []),
+        if(either, do: [{"args \\\\ []", if(named, do: "Bridge.arguments()", else: "[term()]")}], else: []),
         if(open and not either, do: [{"args \\\\ []", "[term()]"}], else: []),
         if(named and not either, do: [{"kwargs \\\\ []", kwargs_type(optional, member)}], else: []),
         [{"opts \\\\ []", "keyword()"}]
@@ -173,7 +190,7 @@ defmodule Bridge.Gen do
   end
 
   defp first(:create), do: []
-  defp first(:method), do: [{"ref", "t()"}]
+  defp first(role) when role in [:method, :attribute], do: [{"ref", "t()"}]
   defp first(:function), do: [{"session", "String.t() | Bridge.Session.t()"}]
 
   defp positional([], true), do: "args"
@@ -182,7 +199,8 @@ defmodule Bridge.Gen do
 
   defp body(:create, _kind, _path, _python, passed), do: "Bridge.create_instance(@class, #{passed})"
 
-  defp body(:method, _kind, _path, python, passed), do: "Bridge.call_method(ref, #{literal(python)}, #{passed})"
+  defp body(role, _kind, _path, python, passed) when role in [:method, :attribute],
+    do: "Bridge.call_method(ref, #{literal(python)}, #{passed})"
 
   defp body(:function, kind, path, python, passed) do
     full = if kind == "module", do: path <> "." <> python, else: path
@@ -214,9 +232,6 @@ defmodule Bridge.Gen do
   end
 
   defp open?(_member), do: true
-
-  defp either_type(true), do: "[term()] | keyword() | map()"
-  defp either_type(false), do: "[term()]"
 
   defp kwargs_type(optional, member) do
     if free?(member) do
@@ -262,10 +277,14 @@ defmodule Bridge.Gen do
 
   defp described(nil), do: ""
 
+  defp signature(:attribute, _path, python, member), do: "    " <> one_line(python) <> "  # #{member["kind"]}"
+
   defp signature(role, path, python, member) do
     shown = if role == :create, do: last(path), else: python
-    "    " <> String.replace(shown <> shown_parameters(member), "\n", " ")
+    "    " <> one_line(shown <> shown_parameters(member))
   end
+
+  defp one_line(text), do: String.replace(text, ~r/\s+/u, " ")
 
   defp shown_parameters(member), do: if(unknown?(member), do: "(…)", else: member["signature"])
 
@@ -275,9 +294,7 @@ defmodule Bridge.Gen do
     unsaid = if unknown?(member), do: "Python does not say what it takes. ", else: ""
 
     if either do
-      unsaid <>
-        "`args` are positional arguments in a list, or named ones in a keyword list or a map; if it needs both, give the " <>
-        "named ones as `kwargs:` in `opts`."
+      unsaid <> "`args` are positional arguments in a list, named ones in a map, or `{list, map}`."
     else
       unsaid <> "`args` are further positional arguments."
     end

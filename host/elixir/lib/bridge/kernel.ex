@@ -12,7 +12,7 @@ defmodule Bridge.Kernel do
 
   use GenServer, restart: :transient, shutdown: 10_000
 
-  alias Bridge.{Config, Error, Pool, Telemetry}
+  alias Bridge.{Config, Error, Pool, Secrets, Telemetry}
   alias Bridge.Kernel.Launch
   alias Bridge.Wire.{Conn, Peer}
 
@@ -23,7 +23,9 @@ defmodule Bridge.Kernel do
   @farewell_ms 1_500
   @first_pause_ms 100
   @longest_pause_ms 30_000
-  @beats 3
+  @beats 4
+  @hopeless_after 3
+  @exit_ms 250
 
   defstruct [
     :cfg,
@@ -43,7 +45,7 @@ defmodule Bridge.Kernel do
     sources: MapSet.new(),
     deaths: 0,
     failures: 0,
-    pinged: false
+    pinged: nil
   ]
 
   @spec start_link({Config.t(), integer()}) :: GenServer.on_start()
@@ -111,9 +113,11 @@ defmodule Bridge.Kernel do
 
   defp launch(cfg, number), do: Launch.start(cfg, number)
 
+  # Commands wait for a kernel that may yet come. After some failures in a row they are told why none does.
   defp failed(state, error) do
-    Pool.hopeless(state.cfg, error)
-    again_later(%{state | failures: state.failures + 1})
+    state = %{state | failures: state.failures + 1}
+    if state.failures >= @hopeless_after, do: Pool.hopeless(state.cfg, error)
+    again_later(state)
   end
 
   defp again_later(state) do
@@ -211,7 +215,7 @@ defmodule Bridge.Kernel do
       %{kernel: state.id, pid: state.launched.os_pid, spare: false, deaths: state.deaths}
     )
 
-    beat(%{state | status: :ready, failures: 0, born: now, heard: now, sources: MapSet.new(), pinged: false})
+    beat(%{state | status: :ready, failures: 0, born: now, heard: now, sources: MapSet.new(), pinged: nil})
   end
 
   # -- what commands want -----------------------------------------------------------------
@@ -333,12 +337,12 @@ defmodule Bridge.Kernel do
   defp heard(state, message) do
     case hear(state, message) do
       {:ok, state, events} -> {:noreply, Enum.reduce(events, state, &on_event/2)}
-      {:lost, state, reason} -> lost(state, "lost its connection (#{inspect(reason)})", nil)
+      {:lost, state, reason} -> cut_off(state, "lost its connection (#{inspect(reason)})")
       :unknown -> {:noreply, state}
     end
   catch
     # The kernel has closed its comm: what it said before counts still.
-    {:closed, state} -> lost(state, "closed the connection", nil)
+    {:closed, state} -> cut_off(state, "closed the connection")
   end
 
   defp hear(state, message) do
@@ -372,11 +376,12 @@ defmodule Bridge.Kernel do
     Pool.report(state.cfg, state.id, %{rss: rss, unresponsive: false})
     in_flight = if is_integer(answer["busy"]), do: answer["busy"], else: map_size(state.ids)
     said = %{kernel: state.id, pid: state.launched.os_pid}
-    Telemetry.execute(state.cfg, [:bridge, :kernel, :memory], %{rss: rss, in_flight: in_flight}, said)
-    %{state | pinged: false}
+    measured = %{rss: rss, in_flight: in_flight, round_trip: System.monotonic_time() - state.pinged}
+    Telemetry.execute(state.cfg, [:bridge, :kernel, :memory], measured, said)
+    %{state | pinged: nil}
   end
 
-  defp on_event({:answer, :ping, _answer}, state), do: %{state | pinged: false}
+  defp on_event({:answer, :ping, _answer}, state), do: %{state | pinged: nil}
 
   defp on_event({:answer, {:ask, from}, answer}, state) do
     GenServer.reply(from, answer)
@@ -406,7 +411,7 @@ defmodule Bridge.Kernel do
 
   defp on_event({:display, command, %{"data" => data} = content, update?}, state) do
     case data do
-      %{@telemetry => batches} -> Telemetry.ingest(state.cfg, batches, state.id)
+      %{@telemetry => batches} -> Telemetry.ingest(state.cfg, batches, state.id, secrets: &Secrets.all(state.cfg, &1))
       %{} -> tell(state, command, {:display, content, update?})
     end
 
@@ -442,7 +447,7 @@ defmodule Bridge.Kernel do
   defp send_out(state, out) do
     case transmit(state, out) do
       {:ok, state} -> {:noreply, state}
-      {:error, reason} -> lost(state, "cannot be written to (#{inspect(reason)})", nil)
+      {:error, reason} -> cut_off(state, "cannot be written to (#{inspect(reason)})")
     end
   end
 
@@ -468,28 +473,44 @@ defmodule Bridge.Kernel do
   # is not the kernel's silence. Whatever it said since is in front of this message in the mailbox, and was heard.
   defp check(state) do
     silence = System.monotonic_time() - state.heard
+    limit = System.convert_time_unit(state.cfg.heartbeat, :millisecond, :native)
 
-    if state.pinged and silence > System.convert_time_unit(state.cfg.heartbeat, :millisecond, :native) do
-      measured = %{silence: silence, in_flight: map_size(state.ids)}
-      said = %{kernel: state.id, pid: state.launched.os_pid, reason: "heartbeat"}
-      Telemetry.execute(state.cfg, [:bridge, :kernel, :unresponsive], measured, said)
-      lost(state, "has not answered for #{state.cfg.heartbeat} ms", nil)
-    else
-      ping(beat(state))
+    cond do
+      state.pinged == nil or silence <= div(limit, 2) ->
+        ping(beat(state))
+
+      silence <= limit ->
+        Pool.report(state.cfg, state.id, %{unresponsive: true})
+        {:noreply, beat(state)}
+
+      true ->
+        measured = %{silence: silence, in_flight: map_size(state.ids)}
+        said = %{kernel: state.id, pid: state.launched.os_pid, reason: "heartbeat"}
+        Telemetry.execute(state.cfg, [:bridge, :kernel, :unresponsive], measured, said)
+        lost(state, "has not answered for #{state.cfg.heartbeat} ms", nil)
     end
   end
 
-  defp ping(%{pinged: true} = state), do: {:noreply, state}
+  defp ping(%{pinged: sent} = state) when sent != nil, do: {:noreply, state}
 
   defp ping(state) do
     {:ok, conn, _id, out} = Conn.request(state.conn, :ping, "kernel.ping", ~s({"session":""}), [])
     Launch.trim_log(state.launched)
-    send_out(%{state | conn: conn, pinged: true}, out)
+    send_out(%{state | conn: conn, pinged: System.monotonic_time()}, out)
   end
 
   # -- its end -------------------------------------------------------------------------------------
 
   defp died(state, how), do: Error.new(:kernel_died, "kernel #{state.id || state.number} #{how}")
+
+  # The sockets of a process that dies close a moment before its exit is told, which says more.
+  defp cut_off(%{launched: %{port: port}} = state, how) do
+    receive do
+      {^port, {:exit_status, status}} -> lost(state, "ended with #{Launch.describe_status(status)}", status)
+    after
+      @exit_ms -> lost(state, how, nil)
+    end
+  end
 
   defp lost(state, how, exit_code) do
     error = died(state, how)
@@ -527,7 +548,7 @@ defmodule Bridge.Kernel do
       %{kernel: state.id, pid: state.launched.os_pid, exit_code: exit_code, expected: expected?, reason: reason}
     )
 
-    %{state | status: :down, launched: nil, conn: nil, id: nil, beat: nil, ids: %{}, owners: %{}, pinged: false}
+    %{state | status: :down, launched: nil, conn: nil, id: nil, beat: nil, ids: %{}, owners: %{}, pinged: nil}
     |> Map.merge(%{shell: nil, control: nil, iopub: nil})
   end
 

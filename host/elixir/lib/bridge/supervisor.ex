@@ -5,7 +5,7 @@ defmodule Bridge.Supervisor do
 
   use Supervisor
 
-  alias Bridge.{Config, Error}
+  alias Bridge.Config
 
   @spec start_link(Config.t()) :: Supervisor.on_start()
   def start_link(%Config{} = cfg), do: Supervisor.start_link(__MODULE__, cfg, name: cfg.name)
@@ -17,6 +17,7 @@ defmodule Bridge.Supervisor do
       {Bridge.Telemetry, cfg},
       {Bridge.SessionStore, cfg},
       {Bridge.Tools, cfg},
+      {Bridge.SessionWatch, cfg},
       {Registry, keys: :unique, name: Config.process(cfg.name, :keys)},
       {Bridge.Pool, cfg},
       Supervisor.child_spec({Task.Supervisor, name: Config.process(cfg.name, :tool_tasks)}, id: :tool_tasks),
@@ -26,8 +27,4 @@ defmodule Bridge.Supervisor do
 
     Supervisor.init(children, strategy: :rest_for_one)
   end
-
-  @doc "Whether that bridge's processes are there."
-  @spec check(atom()) :: {:ok, Config.t()} | {:error, Error.t()}
-  def check(bridge), do: Config.fetch(bridge)
 end

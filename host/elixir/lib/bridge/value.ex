@@ -24,10 +24,10 @@ defmodule Bridge.Value do
   | `Bridge.Ref`, `Bridge.Tool`, `Bridge.Variable` | what the session owns |
   | other structs | what `Bridge.Encodable` makes of them |
 
-  One thing is converted: **keys that are atoms become strings**, so that `%{question: "…"}` is a dict with `"question"`.
-  (Not `nil`, `true`, `false` and the three floats, which are values as keys too.) One thing is not kept: the order of a
-  dict. A map has none, and its pairs are written in order of their keys.
-  To Python `1`, `1.0` and `True` are one key.
+  One thing is converted: **keys that are atoms become strings**, so that `%{question: "…"}` is a dict with the key
+  `"question"`. (Not `nil`, `true`, `false` and the three floats, which are values as keys too.) One thing is not kept: the
+  order of a dict. A map has none, and its pairs are written in order of their keys. To Python `1`, `1.0` and `True` are
+  one key.
   """
 
   alias Bridge.Error

@@ -332,23 +332,34 @@ defmodule Bridge.Store.DurableTest do
       assert remedy =~ "If that machine is no more, delete #{store}/owner"
     end
 
-    test "of many that open it at once one has it", %{store: store} do
-      results =
-        1..6
-        |> Task.async_stream(
-          fn _ ->
-            result = try_open(store)
-            # Held until all have tried.
-            receive do: (:end -> :ok), after: (0 -> :ok)
-            {result, self()}
-          end,
-          max_concurrency: 6,
-          timeout: 60_000
-        )
-        |> Enum.map(fn {:ok, {result, _pid}} -> result end)
+    test "of many that open it at once one has it, though they find a lock that is stale", %{store: store} do
+      cfg = start(store)
+      set(cfg, "n", 1)
+      owner = File.read!(Path.join(store, "owner"))
+      :ok = TestStores.stop(cfg)
 
-      assert Enum.any?(results, &match?({:ok, _pid}, &1))
-      for {:error, error} <- results, do: assert(error.name == :store_locked)
+      for _round <- 1..10 do
+        File.write!(Path.join(store, "owner"), String.replace(owner, ~r/started .*/, "started 1"))
+        test = self()
+
+        openers =
+          for _ <- 1..6 do
+            spawn_link(fn ->
+              receive do: (:go -> :ok)
+              result = try_open(store)
+              send(test, {:tried, self(), result})
+              receive do: (:end -> :ok)
+              with {:ok, pid} <- result, do: GenServer.stop(pid)
+              send(test, {:ended, self()})
+            end)
+          end
+
+        for opener <- openers, do: send(opener, :go)
+        results = for opener <- openers, do: receive(do: ({:tried, ^opener, result} -> result))
+        assert [_one] = for({:ok, pid} <- results, do: pid)
+        for {:error, error} <- results, do: assert(error.name == :store_locked)
+        for opener <- openers, do: send(opener, :end) && receive(do: ({:ended, ^opener} -> :ok))
+      end
     end
   end
 

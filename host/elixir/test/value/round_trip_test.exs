@@ -350,8 +350,11 @@ defmodule Bridge.Value.RoundTripTest do
     ]).()
   end
 
-  @members ~w(items value class fields fields_set buffer base64 hex shape dtype order library type name zone offset_us days
-    id     real imag text fold seconds microseconds schema version extra private description freq)
+  @members ~w(
+    items value class fields fields_set buffer base64 hex shape dtype order library type name
+    zone offset_us days id real imag text fold seconds microseconds schema version extra private
+    description freq
+  )
 
   defp garbage(0),
     do: pick([nil, true, 0, 1, -1, 1.5, "", "a", "<f4", "C", "polars", "nan", "2024-01-01", "AA==", "ff", [], %{}])

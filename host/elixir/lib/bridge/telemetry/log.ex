@@ -27,6 +27,9 @@ defmodule Bridge.Telemetry.Log do
 
   @doc "The level and the line of an event; nil if it is not worth one."
   @spec line([atom()], map(), map()) :: {:debug | :info | :warning, String.t()} | nil
+  # Somebody wanted it so.
+  def line([:bridge, :command, :exception], _numbers, %{error: "bridge.Cancelled"}), do: nil
+
   def line([:bridge, :command, :exception], _numbers, said) do
     {:info, "#{said[:subject]} failed in session #{said[:session]}: #{said[:error]}"}
   end

@@ -4,8 +4,8 @@ defmodule Bridge.Record do
   enumeration, or a registered class such as `dspy.Prediction`.
 
   Its class is not here, so it is kept as `class` and `fields`, and goes back to Python as what it was.
-  `record["answer"]` reads a field, and `put_in(record["answer"], …)` writes one. A member of an enumeration has the one field `"name"`.
-  `fields_set`, `extra` and `private` are pydantic's.
+  `record["answer"]` reads a field, and `put_in(record["answer"], …)` writes one. A member of an enumeration has the one
+  field `"name"`. `fields_set`, `extra` and `private` are pydantic's.
 
       iex> prediction = Bridge.Record.new("dspy.Prediction", %{"answer" => "Paris"})
       iex> inspect(prediction)

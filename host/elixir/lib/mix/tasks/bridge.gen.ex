@@ -20,7 +20,7 @@ defmodule Mix.Tasks.Bridge.Gen do
   """
   use Mix.Task
 
-  alias Bridge.Gen
+  alias Bridge.{Gen, Inspected}
 
   @switches [output: :string, force: :boolean, python: :string, inspected: :string, save: :string]
 
@@ -46,9 +46,9 @@ defmodule Mix.Tasks.Bridge.Gen do
     end
 
     # The name is looked at before a kernel is started for it.
-    unwrap(Gen.source(%{"name" => path, "kind" => "function"}, module))
+    unwrap(Gen.check_name(module))
     inspected = inspected(path, opts)
-    if opts[:save], do: File.write!(opts[:save], Bridge.JSON.encode!(inspected))
+    if opts[:save], do: File.write!(opts[:save], Bridge.JSON.encode!(Gen.said(inspected)))
     source = unwrap(Gen.source(inspected, module))
 
     if output == "-" do
@@ -64,7 +64,7 @@ defmodule Mix.Tasks.Bridge.Gen do
   defp inspected(path, opts) do
     if file = opts[:inspected] do
       case file |> File.read!() |> Bridge.JSON.decode() do
-        {:ok, %{} = inspected} -> inspected
+        {:ok, %{"kind" => _} = said} -> Inspected.new(said)
         _other -> Mix.raise("#{file} holds no answer of object.inspect")
       end
     else
@@ -83,6 +83,7 @@ defmodule Mix.Tasks.Bridge.Gen do
     end
   end
 
+  defp unwrap(:ok), do: :ok
   defp unwrap({:ok, value}), do: value
   defp unwrap({:error, error}), do: Mix.raise(Exception.message(error))
 end

@@ -571,3 +571,8 @@ def test_bootstrap_few_shot_with_a_metric_that_is_a_tool_of_the_hosts(session: S
         assert student(question="And Norway?").answer == "Oslo"
     assert scored == [("Rome", "Rome"), ("Madrid", "Lisbon"), ("Oslo", "Oslo")]
     assert demos(compiled) == demos(student.dump_state()) == ["Rome", "Oslo"]
+
+
+def test_a_module_of_dspys_says_what_it_takes_though_its_metaclass_does_not(session: Session) -> None:
+    inspected = session.inspect("dspy.Predict")
+    assert [p.name for p in inspected.parameters] == ["signature", "callbacks", "config"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 
 
 def attempt(file: str) -> int:
@@ -26,6 +27,14 @@ def spin() -> None:
     """Run until somebody stops it, which can happen at every line."""
     while True:
         time.sleep(0.01)
+
+
+def revive(ctx: Any) -> None:
+    """Make a command that has ended able to call its host again, which a kernel would not let it: the host must refuse."""
+    command = ctx._command
+    while command in command.runtime._active:  # stopped perhaps, but its code is still to notice
+        time.sleep(0.01)
+    command._stopped = command._answered = False
 
 
 def settled(file: str) -> int:

@@ -64,7 +64,7 @@ defmodule Bridge do
 
   @type session :: Session.t() | String.t()
   @type result(value) :: {:ok, value} | {:error, Error.t()}
-  @typedoc "By place, by name, or both: `[1, 2]`, `%{x: 1}`, `{[1], %{x: 2}}`."
+  @typedoc "By place, by name, or both: `[1, 2]`; `%{x: 1}` or `[x: 1]`; `{[1], %{x: 2}}`."
   @type arguments :: list() | map() | {list(), map()}
 
   @calling [:bridge, :session, :deadline, :retries, :idempotency_key, :secrets, :kwargs, :name]
@@ -455,7 +455,13 @@ defmodule Bridge do
 
   defp arguments({args, kwargs}, opts) when is_list(args), do: named(args, Enum.concat(kwargs, opts[:kwargs] || []))
   defp arguments(%{} = kwargs, opts) when not is_struct(kwargs), do: named([], Enum.concat(kwargs, opts[:kwargs] || []))
-  defp arguments(args, opts) when is_list(args), do: named(args, opts[:kwargs] || [])
+
+  defp arguments(args, opts) when is_list(args) do
+    # `question: "…"` is how Elixir names arguments; a tuple that begins with an atom could not cross anyway.
+    if args != [] and Keyword.keyword?(args),
+      do: named([], Enum.concat(args, opts[:kwargs] || [])),
+      else: named(args, opts[:kwargs] || [])
+  end
 
   defp arguments(other, _opts) do
     Error.error(

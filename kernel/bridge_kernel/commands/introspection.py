@@ -80,11 +80,20 @@ def _default(default: Any) -> str | None:
         return f"<{type(default).__name__}>"
 
 
+def _says_nothing(signature: inspect.Signature) -> bool:
+    kinds = [p.kind for p in signature.parameters.values()]
+    return kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+
+
 def _signature(obj: Any) -> tuple[str, tuple[Parameter, ...], str]:
     if not callable(obj):
         return "", (), ""
     try:
         signature = inspect.signature(obj)
+        if inspect.isclass(obj) and type(obj).__call__ is not type.__call__ and _says_nothing(signature):
+            # A metaclass that takes whatever comes and hands it on, as DSPy's: the class itself says what it takes.
+            own = inspect.signature(obj.__init__)
+            signature = own.replace(parameters=list(own.parameters.values())[1:])
     except (ValueError, TypeError):
         return "", (), ""  # some builtins have none
     parameters = tuple(

@@ -67,6 +67,8 @@ defmodule Bridge.Telemetry.Log do
      "the queue is full (#{numbers[:waiting]} wait): #{said[:subject]} of session #{said[:session]} is refused"}
   end
 
+  def line([:bridge, :pool, :sweep], %{killed: 0}, _said), do: nil
+
   def line([:bridge, :pool, :sweep], numbers, said) do
     {:warning, "#{numbers[:killed]} kernels that a dead host had left behind were killed: #{said[:reason]}"}
   end

@@ -106,14 +106,29 @@ defmodule Bridge do
     with {:ok, cfg} <- Config.fetch(bridge), pid when is_pid(pid) <- Process.whereis(bridge) do
       Pool.close(cfg, timeout || cfg.shutdown)
       monitor = Process.monitor(pid)
-      # Its supervisor, if it has one, is not to start it again.
-      Supervisor.stop(pid, :normal, :infinity)
+      terminate(pid)
       receive(do: ({:DOWN, ^monitor, :process, _pid, _reason} -> :ok))
     else
       _not_running -> :ok
     end
   catch
     :exit, _ended_meanwhile -> :ok
+  end
+
+  # Its supervisor, if it has one, would start it again: that is to end it.
+  defp terminate(pid) do
+    {:dictionary, dictionary} = Process.info(pid, :dictionary)
+    parent = dictionary |> Keyword.get(:"$ancestors", []) |> List.first()
+    parent = if is_atom(parent), do: Process.whereis(parent), else: parent
+
+    with true <- is_pid(parent) and match?({:supervisor, _, _}, :proc_lib.translate_initial_call(parent)),
+         {id, ^pid, _, _} <- parent |> Supervisor.which_children() |> Enum.find(&(elem(&1, 1) == pid)) do
+      if id == :undefined,
+        do: DynamicSupervisor.terminate_child(parent, pid),
+        else: Supervisor.terminate_child(parent, id)
+    else
+      _nobody -> Supervisor.stop(pid, :normal, :infinity)
+    end
   end
 
   @doc "What Bridge needs, what of it is there, and how to get the rest: a table to look at."
@@ -208,16 +223,19 @@ defmodule Bridge do
       Bridge.stream("demo", "tokens", ["…"]) |> Stream.each(&IO.write/1) |> Stream.run()
 
   To halt, or to die, stops the generator in the kernel. What goes wrong raises `Bridge.Error`. Takes the options of
-  `call/4` but `idempotency_key:`.
+  `call/4` but `idempotency_key:`; and `on_return:`, a function that is called with what the generator returned, once it
+  has ended.
   """
   @spec stream(session(), String.t(), arguments(), keyword()) :: Bridge.Stream.t()
   def stream(session, function, args \\ [], opts \\ []) do
+    {on_return, opts} = Keyword.pop(opts, :on_return, fn _returned -> nil end)
+
     start = fn ->
       with {:ok, cfg, id, request} <- request(:stream, session, function, args, opts),
            do: Command.stream(cfg, id, request, opts)
     end
 
-    %Bridge.Stream{session: id_of(session), name: function, start: start}
+    %Bridge.Stream{session: id_of(session), name: function, start: start, on_return: on_return}
   end
 
   defp request(kind, session, function, args, opts) do
@@ -337,9 +355,8 @@ defmodule Bridge do
     with :ok <- known(opts, [:bridge, :replies, :rerun, :deadline, :retries]),
          {:ok, cfg} <- config(opts),
          {:ok, command} <- Recovery.find(cfg, id),
-         :ok <- resumable(command),
-         {:ok, entries} <- Recovery.entries(cfg, command, Map.new(opts[:replies] || %{}), opts[:rerun] || []) do
-      Command.resume(cfg, command, entries, opts)
+         :ok <- resumable(command) do
+      Command.resume(cfg, command, Map.new(opts[:replies] || %{}), opts[:rerun] || [], opts)
     end
   end
 
@@ -410,7 +427,11 @@ defmodule Bridge do
   def contract(opts \\ []) do
     case kernels(opts) do
       [%{pid: pid} | _] ->
-        with {:ok, %{"document" => document}, _} <- Bridge.Kernel.ask(pid, "rpc.discover"), do: {:ok, document}
+        case Bridge.Kernel.ask(pid, "rpc.discover") do
+          {:ok, %{"document" => %{} = document}, _} -> {:ok, document}
+          {:ok, _other, _} -> Error.error(:internal_error, "the kernel's answer does not fit the contract")
+          {:error, error} -> {:error, error}
+        end
 
       [] ->
         Error.error(:kernel_died, "there is no kernel to ask")

@@ -148,6 +148,32 @@ defmodule Bridge.OtpTest do
     assert children(bridge) == before
   end
 
+  test "a command with a key that is held back when its kernel has died goes on later, its tools not called again" do
+    %{name: bridge} = bridge(kernels: 1, breaker: %{command_failures: 1, kernel_failures: 1, cooldown: 1_000})
+    [%{os_pid: os_pid}] = ready(bridge, 1)
+    furnish(bridge)
+    path = Path.join(scratch(), "go-on")
+    command = Task.async(fn -> Bridge.call("s", "held", [path], bridge: bridge, idempotency_key: "once") end)
+    assert_receive {:arrived, tool}, 30_000
+    send(tool, :go_on)
+    # The reply has come, and been used.
+    eventually("the write has come", fn -> match?([%{in_flight: 1}], Bridge.kernels(bridge: bridge)) end)
+    eventually("its tool has ended", fn -> not Process.alive?(tool) end)
+    signal(os_pid, "KILL")
+    assert {:error, %Error{name: :circuit_open}} = Task.await(command, 60_000)
+    File.write!(path, "")
+
+    again = fn -> Bridge.call("s", "held", [path], bridge: bridge, idempotency_key: "once") end
+
+    call =
+      Task.async(fn ->
+        eventually("it is let through", fn -> with({:error, %{name: :circuit_open}} <- again.(), do: nil) end)
+      end)
+
+    assert Task.await(call, 90_000) == {:ok, "done"}
+    refute_received {:arrived, _again}
+  end
+
   # -- the tree ---------------------------------------------------------------------------------
 
   test "if the store's owner is killed, what leans on it is started anew; what was on disk is there" do
@@ -162,7 +188,7 @@ defmodule Bridge.OtpTest do
 
     # Its caller is told, and does not wait for what never comes.
     assert {:error, %Error{name: :host_closed}} = Task.await(command, 60_000)
-    [%{os_pid: another}] = eventually("it is up again", fn -> up(bridge) end)
+    [%{os_pid: another}] = eventually("it is up again", fn -> up(bridge, before) end)
     assert SessionStore.get_variable("s", "kept", bridge: bridge) == {:ok, [1, 2]}
     assert {:ok, [%{subject: "held"}]} = Bridge.interrupted(bridge: bridge)
     assert {:ok, 5.0} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge)
@@ -177,9 +203,15 @@ defmodule Bridge.OtpTest do
     assert map_size(now) == map_size(before)
   end
 
-  # The kernels, if the bridge is up and one is ready.
-  defp up(bridge) do
-    with {:ok, %{kernels: [_ | _] = kernels}} <- status(bridge), do: kernels, else: (_not_yet -> nil)
+  # The kernels, if what was started anew is up and one is ready.
+  defp up(bridge, before) do
+    pool = Process.whereis(Config.process(bridge, :pool))
+
+    with true <- pool not in [nil, before[Bridge.Pool]], {:ok, %{kernels: [_ | _] = kernels}} <- status(bridge) do
+      kernels
+    else
+      _not_yet -> nil
+    end
   end
 
   test "two bridges know nothing of each other, and one is stopped without the other" do

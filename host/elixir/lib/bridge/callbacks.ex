@@ -86,7 +86,7 @@ defmodule Bridge.Callbacks do
     case Journal.match(state.journal, seq, method, asked, Journal.digest(method, asked, buffers)) do
       {:ok, journal, nil, forgotten} ->
         state = %{state | journal: journal}
-        if forgotten != [] and durable?(state), do: SessionStore.forget_calls(state.cfg, state.id, forgotten)
+        if forgotten != [], do: SessionStore.forget_calls(state.cfg, state.id, forgotten)
         fresh(state, callback, method, params, asked, seq, buffers)
 
       {:ok, journal, entry, []} ->
@@ -284,11 +284,7 @@ defmodule Bridge.Callbacks do
     found = Enum.to_list(found)
 
     with {:ok, trees, buffers} <- Value.encode_many(for {name, {value, _}} <- found, do: {name, value}) do
-      values =
-        for {{name, {_, version}}, json} <- Enum.zip(found, trees), into: %{} do
-          {name, %{"value" => json, "version" => version}}
-        end
-
+      values = for {{name, _found}, json} <- Enum.zip(found, trees), into: %{}, do: {name, json}
       {:ok, JSON.encode!(%{"values" => values}), buffers}
     end
   end
@@ -335,7 +331,7 @@ defmodule Bridge.Callbacks do
       end)
 
     timer = if tool.timeout, do: Process.send_after(self(), {:tool_timeout, task.ref}, tool.timeout)
-    put_in(state.tools[task.ref], %{pid: task.pid, n: entry.n, tool: tool, timer: timer})
+    put_in(state.tools[task.ref], %{pid: task.pid, n: entry.n, tool: tool, timer: timer, callback: hd(entry.waiting)})
   end
 
   defp note_call(cfg, id, entry), do: SessionStore.record_call(cfg, id, entry.n, recorded(entry), sync: entry.effect)
@@ -385,7 +381,9 @@ defmodule Bridge.Callbacks do
   @spec tool_ended(command(), map(), reply()) :: command()
   def tool_ended(state, tool, reply) do
     case Map.get(state.journal.entries, tool.n) do
+      # Of more than a journal holds.
       nil ->
+        {:ok, state} = answer(state, tool.callback, reply)
         state
 
       entry ->
@@ -394,10 +392,18 @@ defmodule Bridge.Callbacks do
     end
   end
 
+  @doc "Notes the reply for a tool that did not come to do so itself."
+  @spec record(command(), map(), reply()) :: :ok
+  def record(state, tool, reply) do
+    # A disk that fails fails the commit.
+    if durable?(state), do: SessionStore.record_reply(state.cfg, state.id, tool.n, kept(reply))
+    :ok
+  end
+
   @doc "The reply for a tool whose task was killed."
   @spec crashed(Tools.Registered.t(), term()) :: reply()
   def crashed(tool, reason) do
-    Error.error(:tool_error, "tool #{inspect(tool.name)} was ended: #{Exception.format_exit(reason)}", type: "exit")
+    Error.error(:tool_error, "tool #{inspect(tool.name)} was ended: #{Bridge.Private.format_exit(reason)}", type: "exit")
   end
 
   @doc "The reply for a tool that took longer than it may."

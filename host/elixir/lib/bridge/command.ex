@@ -10,13 +10,20 @@ defmodule Bridge.Command do
   alias Bridge.Store.Staged
   alias Bridge.Telemetry.Trace
 
+  require Logger
+
   # From the next attempt on it runs alone: if that kernel dies too, it is proven who did it.
   @shared_attempts 2
   # How long after its deadline a kernel may still say so itself.
   @late_ms 500
   @max_nesting 64
   @max_key 255
+  # 46 days: what a timer takes.
+  @longest_ms 4_000_000_000
+  # Handlers of telemetry are called there. A command needs them both: it would wait for who waits for it.
+  @needed [{Bridge.Kernel, :init, 1}, {Bridge.Pool, :init, 1}]
 
+  @derive {Inspect, only: [:id, :session, :attempt]}
   @enforce_keys [:cfg, :session, :prepared, :terms, :id, :trace]
   defstruct @enforce_keys ++
               [
@@ -29,6 +36,8 @@ defmodule Bridge.Command do
                 :leader,
                 :chunks,
                 :timer,
+                :digest,
+                begun?: false,
                 waiters: %{},
                 attempt: 0,
                 died: 0,
@@ -51,22 +60,42 @@ defmodule Bridge.Command do
   """
   @spec run(Config.t(), String.t(), Request.request(), keyword()) :: {:ok, term()} | {:error, Error.t()}
   def run(cfg, session, request, opts) do
-    with {:ok, terms} <- terms(cfg, opts),
-         {:ok, prepared} <- Request.prepare(cfg, session, request),
-         :ok <- allowed(cfg, prepared) do
-      if terms.key, do: once(cfg, session, prepared, terms), else: start_and_wait(cfg, session, prepared, terms, [])
-    end
+    while_open(cfg, fn ->
+      with {:ok, terms} <- terms(cfg, opts),
+           {:ok, prepared} <- Request.prepare(cfg, session, request),
+           :ok <- allowed(cfg, prepared) do
+        if terms.key, do: once(cfg, session, prepared, terms), else: start_and_wait(cfg, session, prepared, terms, [])
+      end
+    end)
   end
 
-  @doc "Goes on with a command that was interrupted, from what its journal has."
-  @spec resume(Config.t(), map(), [Journal.Entry.t()], keyword()) :: {:ok, term()} | {:error, Error.t()}
-  def resume(cfg, command, entries, opts) do
-    with {:ok, terms} <- terms(cfg, opts),
-         {:ok, prepared} <- Request.prepare(cfg, command.session, command.params) do
-      terms = %{terms | key: command.key}
-      more = [id: command.id, journal: Journal.new(entries), attempt: command.attempt]
-      start_and_wait(cfg, command.session, prepared, terms, more)
-    end
+  @doc """
+  Goes on with a command that was interrupted, from what its journal has. `replies` and `rerun` are as
+  `Bridge.Recovery.entries/4` takes them.
+  """
+  @spec resume(Config.t(), map(), %{String.t() => term()}, [String.t()], keyword()) ::
+          {:ok, term()} | {:error, Error.t()}
+  def resume(cfg, command, replies, rerun, opts) do
+    while_open(cfg, fn ->
+      with {:ok, terms} <- terms(cfg, opts),
+           {:ok, prepared} <- Request.prepare(cfg, command.session, command.params),
+           :ok <- allowed(cfg, prepared) do
+        terms = %{terms | key: command.key}
+        more = [id: command.id, digest: command.digest, resumes: {replies, rerun}]
+        start_and_wait(cfg, command.session, prepared, terms, more)
+      end
+    end)
+  end
+
+  # What is looked up in a store that is being closed raises, or finds no table.
+  defp while_open(cfg, fun) do
+    fun.()
+  rescue
+    error in Error ->
+      if error.name == :host_closed, do: {:error, error}, else: reraise(error, __STACKTRACE__)
+
+    error in ArgumentError ->
+      with {:ok, _tables} <- Bridge.Store.Owner.tables(cfg), do: reraise(error, __STACKTRACE__)
   end
 
   defp allowed(cfg, prepared) do
@@ -78,8 +107,10 @@ defmodule Bridge.Command do
     current = Current.get(cfg.name)
 
     cond do
-      deadline != nil and not (is_number(deadline) and deadline > 0) ->
-        invalid("deadline is how many milliseconds there are, more than 0, not #{inspect(deadline)}")
+      deadline != nil and not (is_number(deadline) and deadline > 0 and deadline <= @longest_ms) ->
+        invalid(
+          "deadline is how many milliseconds there are, more than 0 and at most #{@longest_ms}, not #{inspect(deadline)}"
+        )
 
       not (is_integer(retries) and retries >= 0) ->
         invalid("retries is how often a command may run again, 0 or more, not #{inspect(retries)}")
@@ -87,6 +118,13 @@ defmodule Bridge.Command do
       key != nil and not (is_binary(key) and String.valid?(key) and String.length(key) in 1..@max_key) ->
         invalid(
           "an idempotency key is a string of 1 to #{@max_key} characters, not #{inspect(key, printable_limit: 80)}"
+        )
+
+      Process.get(:"$initial_call") in @needed ->
+        Error.error(
+          :invalid_params,
+          "a handler of telemetry cannot run a command here: it is called by what runs commands",
+          remedy: "Let it send a message to a process of yours, and call from there."
         )
 
       current != nil and current.depth >= @max_nesting ->
@@ -106,48 +144,85 @@ defmodule Bridge.Command do
 
   defp start_and_wait(cfg, session, prepared, terms, more) do
     case start(cfg, session, prepared, terms, more) do
-      {:ok, reading} -> await(reading, :infinity)
-      {:error, error} -> {:error, error}
+      {:ok, reading} ->
+        with :gone <- await(reading, :infinity), do: ended(:noproc)
+
+      {:error, error} ->
+        {:error, error}
+
+      # Somebody else goes on with it at this moment.
+      {:already, _pid} ->
+        Bridge.Recovery.none(cfg, more[:id])
     end
   end
 
+  # The ref is an alias: what is sent to it is dropped once nobody listens any more.
   defp start(cfg, session, prepared, terms, more) do
-    ref = make_ref()
+    ref = :erlang.alias()
     trace = Telemetry.trace(cfg)
     asked = %{caller: self(), ref: ref, leader: Process.group_leader(), trace: trace}
     child = {__MODULE__, {cfg, session, prepared, terms, asked, more}}
 
-    case DynamicSupervisor.start_child(Config.process(cfg.name, :commands), child) do
+    with {:error, reason} <- start_child(cfg, child) do
+      :erlang.unalias(ref)
+
+      case reason do
+        %Error{} -> {:error, reason}
+        {:shutdown, {:already, pid}} -> {:already, pid}
+        _other -> Error.error(:internal_error, "the command could not be started: #{inspect(reason)}")
+      end
+    else
       {:ok, pid} -> {:ok, {pid, ref, Process.monitor(pid)}}
-      {:error, %Error{} = error} -> {:error, error}
-      {:error, {:already, pid}} -> {:already, pid}
-      {:error, reason} -> Error.error(:internal_error, "the command could not be started: #{inspect(reason)}")
     end
+  end
+
+  defp start_child(cfg, child) do
+    DynamicSupervisor.start_child(Config.process(cfg.name, :commands), child)
   catch
     :exit, _reason -> Error.error(:host_closed, "#{inspect(cfg.name)} is not running")
   end
 
+  # `:gone` if it had ended before it heard of who waits.
   defp await({pid, ref, monitor}, timeout) do
     receive do
       {^ref, {:done, result}} ->
-        Process.demonitor(monitor, [:flush])
+        forget(ref, monitor)
         result
 
       {:DOWN, ^monitor, :process, _pid, reason} ->
-        ended(reason)
+        forget(ref, monitor)
+        if reason in [:normal, :noproc], do: :gone, else: ended(reason)
     after
       timeout ->
-        Process.demonitor(monitor, [:flush])
+        forget(ref, monitor)
         GenServer.cast(pid, {:leave, ref})
         :timeout
     end
   end
 
-  defp ended(reason) when reason in [:noproc, :shutdown] or (is_tuple(reason) and elem(reason, 0) == :shutdown) do
-    Error.error(:host_closed, "Bridge was stopped while the command ran")
+  # From here on nothing more comes, and of what had come nothing is left.
+  defp forget(ref, monitor) do
+    Process.demonitor(monitor, [:flush])
+    :erlang.unalias(ref)
+    flush(ref)
   end
 
-  defp ended(reason), do: Error.error(:internal_error, "the command's process failed: #{Exception.format_exit(reason)}")
+  defp flush(ref) do
+    receive do
+      {^ref, _} -> flush(ref)
+    after
+      0 -> :ok
+    end
+  end
+
+  defp ended(reason) do
+    if reason == :noproc or stopping?(reason),
+      do: stopped(),
+      else: Error.error(:internal_error, "the command's process failed: #{Bridge.Private.format_exit(reason)}")
+  end
+
+  defp stopping?(reason), do: reason == :shutdown or match?({:shutdown, _}, reason)
+  defp stopped, do: Error.error(:host_closed, "Bridge was stopped while the command ran")
 
   # -- idempotency keys ------------------------------------------------------------------
 
@@ -159,7 +234,7 @@ defmodule Bridge.Command do
          :error <- SessionStore.result(cfg, session, terms.key) do
       case Registry.lookup(Config.process(cfg.name, :keys), {session, terms.key}) do
         [{pid, known}] -> with :ok <- same(terms.key, known, digest), do: join(cfg, session, prepared, terms, pid)
-        [] -> begin_or_resume(cfg, session, prepared, terms, digest)
+        [] -> begin(cfg, session, prepared, terms, digest)
       end
     else
       {:ok, %{digest: known, value: value}} -> with :ok <- same(terms.key, known, digest), do: {:ok, value}
@@ -187,34 +262,17 @@ defmodule Bridge.Command do
     )
   end
 
-  defp begin_or_resume(cfg, session, prepared, terms, digest) do
-    more =
-      case SessionStore.command_with_key(cfg, session, terms.key) do
-        {:ok, %{status: :interrupted} = command} ->
-          with :ok <- same(terms.key, command.digest, digest),
-               {:ok, entries} <- Bridge.Recovery.entries(cfg, command, %{}, []) do
-            {:ok, [id: command.id, journal: Journal.new(entries), attempt: command.attempt]}
-          end
-
-        {:error, error} ->
-          {:error, error}
-
-        _none ->
-          {:ok, []}
-      end
-
-    with {:ok, more} <- more do
-      case start(cfg, session, prepared, terms, [{:digest, digest} | more]) do
-        {:ok, reading} -> await(reading, :infinity)
-        # Somebody was faster.
-        {:already, _pid} -> once(cfg, session, prepared, terms)
-        {:error, error} -> {:error, error}
-      end
+  defp begin(cfg, session, prepared, terms, digest) do
+    case start(cfg, session, prepared, terms, digest: digest) do
+      {:ok, reading} -> with :gone <- await(reading, :infinity), do: ended(:noproc)
+      # Somebody was faster.
+      {:already, _pid} -> once(cfg, session, prepared, terms)
+      {:error, error} -> {:error, error}
     end
   end
 
   defp join(cfg, session, prepared, terms, pid) do
-    ref = make_ref()
+    ref = :erlang.alias()
     monitor = Process.monitor(pid)
     GenServer.cast(pid, {:join, self(), ref})
     timeout = if terms.until, do: max(round(terms.until - now()), 0) + @late_ms, else: :infinity
@@ -226,10 +284,10 @@ defmodule Bridge.Command do
           "#{prepared.subject} still runs for another caller with the key #{inspect(terms.key)}"
         )
 
-      # It ended before it heard of us, or the time of whoever began it was up, not ours.
-      {:error, %Error{name: :host_closed}} ->
-        with {:ok, _cfg} <- Config.fetch(cfg.name), do: once(cfg, session, prepared, terms)
+      :gone ->
+        once(cfg, session, prepared, terms)
 
+      # The time of whoever began it was up, not ours.
       {:error, %Error{name: :deadline_exceeded} = error} ->
         if terms.until == nil or now() < terms.until, do: once(cfg, session, prepared, terms), else: {:error, error}
 
@@ -243,15 +301,17 @@ defmodule Bridge.Command do
   @doc "Begins a stream, for the process that calls this to read with `next/1`."
   @spec stream(Config.t(), String.t(), Request.request(), keyword()) :: {:ok, term()} | {:error, Error.t()}
   def stream(cfg, session, request, opts) do
-    with {:ok, terms} <- terms(cfg, Keyword.delete(opts, :idempotency_key)),
-         {:ok, prepared} <- Request.prepare(cfg, session, request),
-         :ok <- allowed(cfg, prepared) do
-      start(cfg, session, prepared, terms, chunks: Chunks.new())
-    end
+    while_open(cfg, fn ->
+      with {:ok, terms} <- terms(cfg, Keyword.delete(opts, :idempotency_key)),
+           {:ok, prepared} <- Request.prepare(cfg, session, request),
+           :ok <- allowed(cfg, prepared) do
+        start(cfg, session, prepared, terms, chunks: Chunks.new())
+      end
+    end)
   end
 
-  @doc "The next value; `:done` when the generator has ended."
-  @spec next(term()) :: {:ok, term()} | :done | {:error, Error.t()}
+  @doc "The next value; when the generator has ended, what it returned."
+  @spec next(term()) :: {:ok, term()} | {:done, term()} | {:error, Error.t()}
   def next({pid, ref, monitor}) do
     # In this order: what was yielded before the end is read before it.
     receive do
@@ -259,8 +319,8 @@ defmodule Bridge.Command do
         GenServer.cast(pid, :consumed)
         {:ok, value}
 
-      {^ref, {:done, {:ok, _returned}}} ->
-        :done
+      {^ref, {:done, {:ok, returned}}} ->
+        {:done, returned}
 
       {^ref, {:done, {:error, error}}} ->
         {:error, error}
@@ -273,17 +333,8 @@ defmodule Bridge.Command do
   @doc "Stops the generator, if it still runs; what it had sent is dropped."
   @spec abandon(term()) :: :ok
   def abandon({pid, ref, monitor}) do
-    Process.demonitor(monitor, [:flush])
     GenServer.cast(pid, {:leave, ref})
-    flush(ref)
-  end
-
-  defp flush(ref) do
-    receive do
-      {^ref, _} -> flush(ref)
-    after
-      0 -> :ok
-    end
+    forget(ref, monitor)
   end
 
   # -- the process ----------------------------------------------------------------------------
@@ -304,35 +355,74 @@ defmodule Bridge.Command do
       id: more[:id] || Base.encode16(:rand.bytes(12), case: :lower),
       trace: asked.trace,
       leader: asked.leader,
-      journal: more[:journal] || Journal.new(),
-      attempt: more[:attempt] || 0,
+      digest: more[:digest],
       chunks: more[:chunks],
       staged: Staged.new(),
       waiters: %{asked.ref => {asked.caller, Process.monitor(asked.caller)}},
       began: System.monotonic_time()
     }
 
-    with :ok <- register(state, more[:digest]), :ok <- begun(state, more[:digest]) do
+    # Nothing else is done here: whoever starts a command waits for this.
+    with :ok <- register(state, more[:resumes]), do: {:ok, state, {:continue, {:begin, more[:resumes]}}}
+  end
+
+  # What only one may go on with at a time: its key, and its id if it was interrupted.
+  defp register(state, resumes) do
+    of_key = if state.terms.key, do: [{state.session, state.terms.key}], else: []
+    of_id = if resumes, do: [{:resumed, state.id}], else: []
+
+    Enum.reduce_while(of_id ++ of_key, :ok, fn name, :ok ->
+      case Registry.register(Config.process(state.cfg.name, :keys), name, state.digest) do
+        {:ok, _owner} -> {:cont, :ok}
+        {:error, {:already_registered, pid}} -> {:halt, {:stop, {:shutdown, {:already, pid}}}}
+      end
+    end)
+  end
+
+  @impl true
+  def handle_continue({:begin, resumes}, state) do
+    with {:ok, state} <- before(state, resumes), :ok <- begun(state) do
+      state = %{state | begun?: true}
       tell(state, :start, %{system_time: System.system_time()}, %{})
-      {:ok, state, {:continue, :acquire}}
+      {:noreply, acquire(state)}
     else
-      {:already, pid} -> {:stop, {:already, pid}}
-      {:error, error} -> {:stop, error}
+      {:done, result} -> turn_away(state, result)
+      {:error, error} -> turn_away(state, {:error, error})
     end
   end
 
-  defp register(%{terms: %{key: nil}}, _digest), do: :ok
+  # What there is of it already. Looked up only now that nobody else can run it: whoever did has put it there.
+  defp before(%{terms: %{key: nil}} = state, nil), do: {:ok, state}
 
-  defp register(state, digest) do
-    digest = digest || Request.digest(state.prepared)
+  defp before(state, nil) do
+    with :error <- SessionStore.result(state.cfg, state.session, state.terms.key),
+         # Interrupted, or its process was killed: nobody runs it.
+         {:ok, command} <- SessionStore.command_with_key(state.cfg, state.session, state.terms.key),
+         :ok <- same(state.terms.key, command.digest, state.digest) do
+      goes_on(state, command, %{}, [])
+    else
+      :error ->
+        {:ok, state}
 
-    case Registry.register(Config.process(state.cfg.name, :keys), {state.session, state.terms.key}, digest) do
-      {:ok, _owner} -> :ok
-      {:error, {:already_registered, pid}} -> {:already, pid}
+      {:ok, %{digest: known, value: value}} ->
+        with :ok <- same(state.terms.key, known, state.digest), do: {:done, {:ok, value}}
+
+      {:error, error} ->
+        {:error, error}
     end
   end
 
-  defp begun(state, digest) do
+  defp before(state, {replies, rerun}) do
+    with {:ok, command} <- Bridge.Recovery.find(state.cfg, state.id), do: goes_on(state, command, replies, rerun)
+  end
+
+  defp goes_on(state, command, replies, rerun) do
+    with {:ok, entries} <- Bridge.Recovery.entries(state.cfg, command, replies, rerun) do
+      {:ok, %{state | id: command.id, journal: Journal.new(entries), attempt: command.attempt}}
+    end
+  end
+
+  defp begun(state) do
     prepared = state.prepared
 
     command = %{
@@ -342,7 +432,7 @@ defmodule Bridge.Command do
       subject: prepared.subject,
       params: prepared.request,
       key: state.terms.key,
-      digest: digest || (state.terms.key && Request.digest(prepared)),
+      digest: state.digest,
       attempt: max(state.attempt, 1),
       sealed: prepared.secret?
     }
@@ -351,10 +441,18 @@ defmodule Bridge.Command do
          do: SessionStore.busy(state.cfg, state.session, self())
   end
 
-  # -- a place -----------------------------------------------------------------------------------
+  # It has not begun, and there is nothing to end.
+  defp turn_away(state, result) do
+    answer_all(state, result)
+    {:stop, :normal, state}
+  end
 
-  @impl true
-  def handle_continue(:acquire, state), do: {:noreply, acquire(state)}
+  defp answer_all(state, result) do
+    for {ref, _waiter} <- state.waiters, do: send(ref, {ref, {:done, result}})
+    :ok
+  end
+
+  # -- a place -----------------------------------------------------------------------------------
 
   defp acquire(state) do
     ask = %{
@@ -387,6 +485,8 @@ defmodule Bridge.Command do
         telemetry: Telemetry.params(state.cfg, state.session)
       })
 
+    # That kernel may have forgotten the source as well, without its process knowing.
+    if state.resent, do: Kernel.forget_source(place.pid, state.prepared.source)
     Kernel.request(place.pid, ref, state.prepared.method, params, state.prepared.buffers)
     if state.timer, do: Process.cancel_timer(state.timer)
     timer = if remaining, do: Process.send_after(self(), {:late, ref}, round(remaining) + @late_ms)
@@ -394,7 +494,7 @@ defmodule Bridge.Command do
 
     %{
       state
-      | place: place,
+      | place: Map.put(place, :monitor, Process.monitor(place.pid)),
         ref: ref,
         asked: nil,
         attempt: attempt,
@@ -439,13 +539,16 @@ defmodule Bridge.Command do
   def handle_info({:DOWN, monitor, :process, _pid, reason} = message, state) do
     case {Map.pop(state.tools, monitor), Enum.find(state.waiters, &match?({_, {_, ^monitor}}, &1))} do
       {{%{} = tool, tools}, _} ->
-        {:noreply, tool_ended(%{state | tools: tools}, tool, Callbacks.crashed(tool.tool, reason))}
+        {:noreply, tool_cut_short(%{state | tools: tools}, tool, Callbacks.crashed(tool.tool, reason))}
 
       {_, {ref, _waiter}} ->
         left(state, ref)
 
       {_, nil} ->
-        granted(message, state)
+        if state.place != nil and state.place.monitor == monitor,
+          do:
+            on_kernel({:died, Error.new(:kernel_died, "kernel #{state.place.id} is gone: its process failed")}, state),
+          else: granted(message, state)
     end
   end
 
@@ -457,7 +560,7 @@ defmodule Bridge.Command do
       {tool, tools} ->
         Process.demonitor(monitor, [:flush])
         Process.exit(tool.pid, :kill)
-        {:noreply, tool_ended(%{state | tools: tools}, tool, Callbacks.timed_out(tool.tool))}
+        {:noreply, tool_cut_short(%{state | tools: tools}, tool, Callbacks.timed_out(tool.tool))}
     end
   end
 
@@ -479,9 +582,13 @@ defmodule Bridge.Command do
     case Pool.checked_out(state.cfg, state.ask, message, state.asked) do
       :no_reply -> {:noreply, state}
       {:ok, place} -> {:noreply, attempt(state, place)}
-      {:error, error} -> finish(%{state | asked: nil}, {:error, error})
+      {:error, error} -> finish(%{state | asked: nil}, {:error, error}, how_refused(error))
     end
   end
+
+  # A bridge that is being stopped has not ended its commands.
+  defp how_refused(%Error{name: :host_closed}), do: :closing
+  defp how_refused(_error), do: :ended
 
   defp left(state, ref) do
     case Map.pop(state.waiters, ref) do
@@ -505,7 +612,11 @@ defmodule Bridge.Command do
   end
 
   defp release(%{place: nil}, _outcome), do: :ok
-  defp release(state, outcome), do: Pool.checkin(state.cfg, state.place.lease, outcome)
+
+  defp release(state, outcome) do
+    Process.demonitor(state.place.monitor, [:flush])
+    Pool.checkin(state.cfg, state.place.lease, outcome)
+  end
 
   # -- what the kernel says ----------------------------------------------------------------------------
 
@@ -519,7 +630,7 @@ defmodule Bridge.Command do
   defp on_kernel({:notification, "command.chunk", params, buffers}, %{chunks: %Chunks{} = chunks} = state) do
     case Chunks.take(chunks, params, buffers, &decode(state, &1, buffers, &2)) do
       {:ok, chunks, value} ->
-        for {ref, {pid, _}} <- state.waiters, do: send(pid, {ref, {:chunk, value}})
+        for {ref, _waiter} <- state.waiters, do: send(ref, {ref, {:chunk, value}})
         {:noreply, %{state | chunks: chunks}}
 
       {:again, chunks, credit} ->
@@ -535,7 +646,8 @@ defmodule Bridge.Command do
 
   defp on_kernel({:output, name, text}, state) do
     if state.cfg.on_output do
-      state.cfg.on_output.(%{name: name, text: text, session: state.session, command: state.id, kernel: state.place.id})
+      told = %{name: name, text: text, session: state.session, command: state.id, kernel: state.place.id}
+      hand_out(state.cfg.on_output, told)
     else
       # Not waited for: a group leader that hangs holds nothing up.
       send(state.leader, {:io_request, self(), make_ref(), {:put_chars, :unicode, text}})
@@ -547,6 +659,12 @@ defmodule Bridge.Command do
   defp on_kernel({:display, content, update?}, state) do
     Bridge.Live.display(Bridge.Display.new(content, update: update?), state.leader)
     {:noreply, state}
+  end
+
+  # It was not sent: the kernel had died before. That says nothing about the command.
+  defp on_kernel({:gone, _error}, state) do
+    release(state, {:error, :kernel_died})
+    {:noreply, acquire(%{state | again?: true, avoid: [state.place.id | state.avoid]})}
   end
 
   defp on_kernel({:answer, {:ok, result, buffers}}, state) do
@@ -564,14 +682,15 @@ defmodule Bridge.Command do
   end
 
   defp on_kernel({:answer, {:error, %Error{name: :source_missing}}}, %{resent: false} = state) do
-    Kernel.forget_source(state.place.pid, state.prepared.source)
     release(state, {:error, :source_missing})
     {:noreply, acquire(%{state | resent: true, again?: true})}
   end
 
   defp on_kernel({:answer, {:error, error}}, state) do
     release(state, {:error, error.name})
-    finish(%{state | place: nil, ref: nil}, {:error, in_our_words(error)})
+    # Told to a command that one of its tools sent.
+    how = if error.name == :host_closed and closing?(state), do: :closing, else: :ended
+    finish(%{state | place: nil, ref: nil}, {:error, in_our_words(error)}, how)
   end
 
   defp on_kernel({:died, error}, state) do
@@ -598,6 +717,17 @@ defmodule Bridge.Command do
     end
   end
 
+  defp closing?(state), do: not match?({:ok, %{closed: false}}, Pool.status(state.cfg))
+
+  # Somebody's own function: what it raises is no reason to fail the command.
+  defp hand_out(on_output, told) do
+    on_output.(told)
+  catch
+    kind, reason ->
+      trace = Bridge.Private.without_arguments(__STACKTRACE__)
+      Logger.warning("on_output failed: " <> Exception.format(kind, reason, trace))
+  end
+
   # What to do about these is this host's to say; a kernel says it as for the Python host.
   defp in_our_words(%Error{name: name, type: "bridge." <> _} = error)
        when name in [:deadline_exceeded, :policy_denied, :overloaded, :invalid_arguments] do
@@ -618,19 +748,33 @@ defmodule Bridge.Command do
     Callbacks.tool_ended(state, tool, reply)
   end
 
+  defp tool_cut_short(state, tool, reply) do
+    Callbacks.record(state, tool, reply)
+    tool_ended(state, tool, reply)
+  end
+
   # -- the result ----------------------------------------------------------------------------------------
 
-  defp read(%{prepared: %{method: "instance.create"}} = state, result, buffers) do
+  defp read(%{prepared: %{method: "instance.create"}} = state, %{"state" => %{} = kept} = result, buffers) do
     record = state.prepared.instance
 
-    with {:ok, kept, nil} <- state_of(state, result["state"], [], buffers) do
+    with {:ok, kept, nil} <- state_of(state, kept, [], buffers) do
       made = Map.merge(record, %{state: kept, version: 1, methods: strings(result["methods"])})
       ref = %Bridge.Ref{id: record.ref, class: record.class, version: 1, session: state.session, bridge: state.cfg.name}
       {:ok, ref, [{:instance, made, nil}]}
     end
   end
 
-  defp read(%{prepared: %{method: "object.inspect"}}, result, _buffers), do: {:ok, Bridge.Inspected.new(result), []}
+  defp read(%{prepared: %{method: "instance.create"}}, _result, _buffers), do: misfit("an instance has no state")
+
+  defp read(%{prepared: %{method: "object.inspect"}}, result, _buffers) do
+    case Bridge.Inspected.read(result) do
+      {:ok, inspected} -> {:ok, inspected, []}
+      :error -> misfit("that is no description")
+    end
+  end
+
+  defp read(%{chunks: nil}, result, _buffers) when not is_map_key(result, "value"), do: misfit("it has no value")
 
   defp read(%{prepared: %{instance: %{} = record}} = state, result, buffers) do
     with {:ok, kept, value} <- state_of(state, result["state"], [{"result", result["value"]}], buffers) do
@@ -643,6 +787,8 @@ defmodule Bridge.Command do
     with {:ok, value} <- decode(state, result["value"], buffers, "result"), do: {:ok, value, []}
   end
 
+  defp misfit(why), do: Error.error(:internal_error, "the kernel's answer does not fit the contract: #{why}")
+
   defp strings(list) when is_list(list), do: Enum.filter(list, &is_binary/1)
   defp strings(_none), do: []
 
@@ -652,15 +798,18 @@ defmodule Bridge.Command do
 
   defp state_of(state, %{"adapter" => adapter} = kept, values, buffers) when is_binary(adapter) do
     # A ref within a state is the kernel's: it goes back as it came.
-    with {:ok, [inner | values]} <-
+    with {:ok, digest} <- digest_of(kept),
+         {:ok, [inner | values]} <-
            Value.decode_many([{"state", kept["value"]} | values], buffers, hook: &hook(state, &1)) do
-      {:ok, %{adapter: adapter, value: inner, sha256: kept["sha256"]}, List.first(values)}
+      {:ok, %{adapter: adapter, value: inner, sha256: digest}, List.first(values)}
     end
   end
 
-  defp state_of(_state, _other, _values, _buffers) do
-    Error.error(:internal_error, "the kernel's answer does not fit the contract: its state has no adapter")
-  end
+  defp state_of(_state, _other, _values, _buffers), do: misfit("its state has no adapter")
+
+  defp digest_of(%{"sha256" => digest}) when is_binary(digest) or digest == nil, do: {:ok, digest}
+  defp digest_of(kept) when not is_map_key(kept, "sha256"), do: {:ok, nil}
+  defp digest_of(_kept), do: misfit("its state's sha256 is no text")
 
   defp decode(state, json, buffers, path), do: Value.decode(json, buffers, path: path, hook: &hook(state, &1))
 
@@ -673,10 +822,12 @@ defmodule Bridge.Command do
   defp commit(state, value, changes) do
     ops = Staged.ops(state.staged) ++ changes
 
-    result = if key = state.terms.key, do: %{key: key, digest: Request.digest(state.prepared), value: value}
+    result = if key = state.terms.key, do: %{key: key, digest: state.digest, value: value}
 
-    if ops == [] and result == nil do
-      with :ok <- SessionStore.end_command(state.cfg, state.id, :ok), do: {:ok, %{}}
+    if ops == [] and result == nil and not state.journal.effects do
+      with :ok <- SessionStore.touch(state.cfg, state.session),
+           :ok <- SessionStore.end_command(state.cfg, state.id, :ok),
+           do: {:ok, %{}}
     else
       SessionStore.commit(state.cfg, state.id, state.session, ops, result)
     end
@@ -684,9 +835,10 @@ defmodule Bridge.Command do
 
   # -- its end ----------------------------------------------------------------------------------------------
 
+  # `how`: `:lost` with its kernels, `:closing` if the bridge is being stopped, else `:ended`.
   defp finish(state, result, how \\ :ended) do
     if state.timer, do: Process.cancel_timer(state.timer)
-    for {_monitor, tool} <- state.tools, do: Process.exit(tool.pid, :shutdown)
+    end_tools(state)
     result = with {:error, error} <- result, do: {:error, failed(state, error, how)}
 
     # Who has the result may look at once: it is told before.
@@ -695,18 +847,25 @@ defmodule Bridge.Command do
       {:error, error} -> tell(state, :exception, measured(state), %{error: error.type})
     end
 
-    for {ref, {pid, _monitor}} <- state.waiters, do: send(pid, {ref, {:done, result}})
+    answer_all(state, result)
     {:stop, :normal, state}
   end
+
+  defp end_tools(state), do: for({_monitor, tool} <- state.tools, do: Process.exit(tool.pid, :shutdown))
 
   # Who comes with the key again must not pay twice: a command that was lost, or out of time, goes on then where it was.
   defp failed(state, error, how) do
     out_of_time = error.name == :deadline_exceeded and state.terms.until != nil and now() >= state.terms.until
-    keep? = state.terms.key != nil and (how == :lost or out_of_time) and error.name != :quarantined
+    keep? = how == :closing or (state.terms.key != nil and (how == :lost or out_of_time))
     if keep?, do: Callbacks.keep(state)
 
-    case SessionStore.end_command(state.cfg, state.id, {:error, error.name}, keep: keep?) do
-      :ok -> error
+    with :ok <- SessionStore.end_command(state.cfg, state.id, {:error, error.name}, keep: keep?),
+         # Who is told that it failed must not find it among the interrupted, with its effects done.
+         true <- state.journal.effects and state.cfg.store != nil and not keep?,
+         :ok <- Bridge.Store.Owner.call(state.cfg, :flush) do
+      error
+    else
+      false -> error
       # The disk: told to whoever writes next. What ended this is what counts here.
       {:error, _store} -> error
     end
@@ -715,14 +874,27 @@ defmodule Bridge.Command do
   @impl true
   def terminate(:normal, _state), do: :ok
 
-  # The bridge is being stopped: the command has not ended, and is listed when the store is opened again.
-  def terminate(_reason, state) do
-    for {ref, {pid, _monitor}} <- state.waiters do
-      send(pid, {ref, {:done, Error.error(:host_closed, "Bridge was stopped while the command ran")}})
+  # The bridge is being stopped, or the pool was started anew, and has not ended the command: it goes on another time. So
+  # does one with a key of which this process failed.
+  def terminate(reason, state) do
+    stopping? = stopping?(reason)
+    end_tools(state)
+
+    if state.begun? do
+      name = if stopping?, do: :host_closed, else: :internal_error
+      keep? = stopping? or state.terms.key != nil
+      if keep?, do: Callbacks.keep(state)
+      # A store that cannot be written says so itself: the command is interrupted then, as it is in there.
+      _ = SessionStore.end_command(state.cfg, state.id, {:error, name}, keep: keep?)
+      tell(state, :exception, measured(state), %{error: Error.new(name).type})
     end
 
-    :ok
+    if stopping?, do: answer_all(state, stopped()), else: :ok
   end
+
+  # A crash report says nothing of what is in here.
+  @impl {:format_status, 1} in GenServer.behaviour_info(:callbacks)
+  def format_status(status), do: Bridge.Private.status(status, __MODULE__)
 
   # -- telling --------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,18 @@ defmodule Bridge.Inspected do
           members: [map()]
         }
 
+  @texts ["name", "kind"]
+  @perhaps ["module", "signature", "returns", "source_file", "doc"]
+
+  @doc false
+  # From a kernel's answer; `:error` if it is none.
+  @spec read(map()) :: {:ok, t()} | :error
+  def read(result) do
+    texts? = Enum.all?(@texts, &is_binary(result[&1])) and Enum.all?(@perhaps, &text?(result[&1]))
+
+    if texts? and list?(result["parameters"]) and list?(result["members"]), do: {:ok, new(result)}, else: :error
+  end
+
   @doc false
   @spec new(map()) :: t()
   def new(result) do
@@ -35,6 +47,15 @@ defmodule Bridge.Inspected do
       parameters: result["parameters"] || [],
       members: result["members"] || []
     }
+  end
+
+  defp text?(text), do: text == nil or is_binary(text)
+  defp list?(nil), do: true
+
+  defp list?(list) do
+    is_list(list) and
+      Enum.all?(list, &match?(%{"name" => name} when is_binary(name), &1)) and
+      Enum.all?(list, &(text?(&1["signature"]) and text?(&1["summary"])))
   end
 
   defimpl Inspect do

@@ -11,6 +11,7 @@ defmodule Bridge.Journal do
     # One callback. `reply` is nil while its tool runs, or for ever if the host died meanwhile (`lost`); `versions` are
     # those of the variables it read, if that is all that is known.
 
+    @derive {Inspect, only: [:n, :seq, :method]}
     @enforce_keys [:n, :seq, :method, :asked, :buffers, :effect, :digest]
     defstruct @enforce_keys ++ [:reply, :versions, lost: false, waiting: []]
 
@@ -20,6 +21,7 @@ defmodule Bridge.Journal do
   @max_callbacks 100_000
   @shown 300
 
+  @derive {Inspect, only: [:next, :replaying]}
   defstruct entries: %{}, next: 1, own: %{}, free: %{}, replaying: false, overflowed: false, effects: false
 
   @type t :: %__MODULE__{}

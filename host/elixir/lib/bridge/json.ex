@@ -28,6 +28,10 @@ defmodule Bridge.JSON do
     raise "Bridge needs a JSON library: use Elixir 1.18 or OTP 27, or add Jason, or install erlang-jiffy"
   end
 
+  # As Python's own limit.
+  @max_digits 4300
+  @most Integer.pow(10, @max_digits)
+
   @doc "The module that reads JSON."
   @spec backend() :: module()
   def backend, do: @backend
@@ -35,11 +39,40 @@ defmodule Bridge.JSON do
   @doc """
   Reads one JSON text. Of members with the same name the last one counts, as in Python.
 
-  Strings are copies: one that is kept keeps no message alive.
+  Strings are copies: one that is kept keeps no message alive. More than 4,300 digits in a row are no number, as in Python:
+  reading them takes time that grows with the square of their count.
   """
   @spec decode(binary()) :: {:ok, t()} | {:error, :invalid}
   def decode("{}"), do: {:ok, %{}}
-  def decode(text) when is_binary(text), do: read(text)
+
+  def decode(text) when is_binary(text) do
+    if long_run?(text, @max_digits) and long_number?(text, 0), do: {:error, :invalid}, else: read(text)
+  end
+
+  # Every so many bytes there is one of such a run: almost nothing of a text is looked at for it.
+  defp long_run?(text, at) when at >= byte_size(text), do: false
+
+  defp long_run?(text, at) do
+    (digit?(text, at) and run(text, at, 1, @max_digits) + run(text, at - 1, -1, @max_digits) > @max_digits) or
+      long_run?(text, at + @max_digits)
+  end
+
+  defp run(_text, _at, _step, 0), do: 0
+  defp run(text, at, step, left), do: if(digit?(text, at), do: 1 + run(text, at + step, step, left - 1), else: 0)
+
+  defp digit?(text, at), do: at >= 0 and at < byte_size(text) and :binary.at(text, at) in ?0..?9
+
+  # Those in a string do no harm.
+  defp long_number?(_text, digits) when digits > @max_digits, do: true
+  defp long_number?(<<char, rest::binary>>, digits) when char in ?0..?9, do: long_number?(rest, digits + 1)
+  defp long_number?(<<?", rest::binary>>, _digits), do: rest |> after_string() |> long_number?(0)
+  defp long_number?(<<_char, rest::binary>>, _digits), do: long_number?(rest, 0)
+  defp long_number?(<<>>, _digits), do: false
+
+  defp after_string(<<?\\, _escaped, rest::binary>>), do: after_string(rest)
+  defp after_string(<<?", rest::binary>>), do: rest
+  defp after_string(<<_char, rest::binary>>), do: after_string(rest)
+  defp after_string(<<>>), do: <<>>
 
   # Called by backend(), not by its name: it is found here and not depended on, and Mix would say so.
   case @backend do
@@ -71,9 +104,9 @@ defmodule Bridge.JSON do
       def __finish__(members, outer), do: {:maps.from_list(:lists.reverse(members)), outer}
 
       if module == JSON do
-        defp run(text), do: backend().decode(text, nil, Map.to_list(@decoders))
+        defp parse(text), do: backend().decode(text, nil, Map.to_list(@decoders))
       else
-        defp run(text) do
+        defp parse(text) do
           backend().decode(text, nil, @decoders)
         catch
           :error, reason -> {:error, reason}
@@ -81,7 +114,7 @@ defmodule Bridge.JSON do
       end
 
       defp read(text) do
-        case run(text) do
+        case parse(text) do
           {:error, _reason} -> {:error, :invalid}
           {term, _acc, rest} -> if blank?(rest), do: {:ok, term}, else: {:error, :invalid}
         end
@@ -93,7 +126,7 @@ defmodule Bridge.JSON do
 
   @doc """
   Writes a term, compact. Raises `ArgumentError` for what JSON lacks: other atoms, tuples, structs, keys that are no
-  strings, and binaries that are no UTF-8.
+  strings, binaries that are no UTF-8, and integers of more than 4,300 digits.
   """
   @spec encode!(t()) :: iodata()
   def encode!(term), do: write(term, false)
@@ -103,7 +136,14 @@ defmodule Bridge.JSON do
   def canonical(term), do: term |> write(true) |> IO.iodata_to_binary()
 
   defp write(text, _sorted?) when is_binary(text), do: string(text)
-  defp write(number, _sorted?) when is_integer(number), do: Integer.to_string(number)
+
+  defp write(number, _sorted?) when is_integer(number) and number < @most and number > -@most,
+    do: Integer.to_string(number)
+
+  # Not shown: it would be written for that.
+  defp write(number, _sorted?) when is_integer(number),
+    do: raise(ArgumentError, "JSON has no room for an integer of more than #{@max_digits} digits")
+
   defp write(nil, _sorted?), do: "null"
   defp write(true, _sorted?), do: "true"
   defp write(false, _sorted?), do: "false"

@@ -4,7 +4,8 @@ defmodule Bridge.Kernel do
   #
   # Commands (`Bridge.Command`) ask it to send for them, and are sent `{:bridge_kernel, ref, event}`:
   #
-  # - `{:answer, {:ok, result, buffers} | {:error, error}}`, the last; `{:died, error}` if there will be none
+  # - `{:answer, {:ok, result, buffers} | {:error, error}}`, the last; `{:died, error}` if there will be none, `{:gone,
+  #   error}` if the kernel had died before it could be sent
   # - `{:callback, id, method, params, buffers}`, to be answered with `answer/3`
   # - `{:notification, method, params, buffers}`, `{:output, name, text}`, `{:display, content, update?}`
   #
@@ -20,12 +21,14 @@ defmodule Bridge.Kernel do
 
   @telemetry "application/vnd.bridge.telemetry.v1+json"
   @handshake_ms 30_000
+  @patience_ms 30_000
   @farewell_ms 1_500
   @first_pause_ms 100
   @longest_pause_ms 30_000
   @beats 4
   @hopeless_after 3
   @exit_ms 250
+  @longest_id 128
 
   defstruct [
     :cfg,
@@ -59,7 +62,8 @@ defmodule Bridge.Kernel do
   """
   @spec request(pid(), reference(), String.t(), list(), [binary()]) :: :ok
   def request(kernel, ref, method, params, buffers) do
-    GenServer.cast(kernel, {:request, self(), ref, method, params, buffers})
+    # In a function: what waits in a mailbox is in a crash report.
+    GenServer.cast(kernel, {:request, self(), ref, method, fn -> {params, buffers} end})
   end
 
   @doc "Answers a callback."
@@ -104,6 +108,10 @@ defmodule Bridge.Kernel do
           {:error, error} ->
             Launch.close(launched)
             failed(%{state | launched: nil}, error)
+
+          {:error, state, error} ->
+            Launch.close(launched)
+            failed(%{disconnect(state) | launched: nil, conn: nil}, error)
         end
 
       {:error, error} ->
@@ -126,27 +134,43 @@ defmodule Bridge.Kernel do
     %{state | status: :down}
   end
 
+  # An error comes with the state, whose sockets are to be closed.
   defp connect(%{cfg: cfg, launched: launched} = state) do
-    opts = [max_message_bytes: cfg.max_message_bytes]
-    conn = Conn.new(launched.connection.key, opts)
+    conn = Conn.new(launched.connection.key, max_message_bytes: cfg.max_message_bytes)
 
-    with {:ok, iopub} <- Peer.connect(launched.connection.iopub, :sub, opts),
-         :ok <- Peer.subscribe(iopub, Conn.topic(conn)),
-         {:ok, shell} <- Peer.connect(launched.connection.shell, :dealer, opts),
-         {:ok, control} <- Peer.connect(launched.connection.control, :dealer, opts) do
-      state = %{state | conn: conn, shell: shell, control: control, iopub: iopub}
-
+    with {:ok, state} <- connect_to(%{state | conn: conn}, :iopub, :sub),
+         :ok <- Peer.subscribe(state.iopub, Conn.topic(conn)),
+         {:ok, state} <- connect_to(state, :shell, :dealer),
+         {:ok, state} <- connect_to(state, :control, :dealer) do
       with {:ok, state} <- shake_hands(state, :welcome, deadline()),
            {conn, out} = Conn.open(state.conn, :attach),
            {:ok, state} <- transmit(%{state | conn: conn}, out),
            {:ok, state} <- shake_hands(state, :attach, deadline()) do
         {:ok, state}
       else
-        {:error, reason} -> {:error, start_error(reason)}
+        {:error, reason} -> {:error, state, start_error(reason)}
       end
     else
+      {:error, state, reason} -> {:error, state, start_error(reason)}
+      # What was subscribed by is closed by that.
       {:error, reason} -> {:error, start_error(reason)}
     end
+  end
+
+  defp connect_to(state, channel, type) do
+    address = Map.fetch!(state.launched.connection, channel)
+    # While a kernel is written to nobody listens, and the heartbeat waits: one that does not read is given up by this.
+    patience = min(state.cfg.heartbeat || @patience_ms, @patience_ms)
+
+    case Peer.connect(address, type, max_message_bytes: state.cfg.max_message_bytes, send_timeout: patience) do
+      {:ok, peer} -> {:ok, Map.put(state, channel, peer)}
+      {:error, reason} -> {:error, state, reason}
+    end
+  end
+
+  defp disconnect(state) do
+    for peer <- [state.shell, state.control, state.iopub], peer != nil, do: Peer.close(peer)
+    %{state | shell: nil, control: nil, iopub: nil}
   end
 
   defp deadline, do: System.monotonic_time(:millisecond) + @handshake_ms
@@ -194,7 +218,9 @@ defmodule Bridge.Kernel do
   defp handshake({:answer, :attach, {:error, error}}, :attach), do: {:error, error}
   defp handshake(_event, _what), do: nil
 
-  defp attached(state, %{"kernel" => %{"id" => id}, "limits" => %{} = limits}) when is_binary(id) do
+  defp attached(state, %{"kernel" => %{"id" => id}, "limits" => %{} = limits})
+       when is_binary(id) and byte_size(id) in 1..@longest_id do
+    limits = Map.filter(limits, fn {_name, limit} -> is_integer(limit) and limit > 0 end)
     {:ok, %{state | id: id, conn: %{state.conn | limits: limits}}}
   end
 
@@ -221,8 +247,8 @@ defmodule Bridge.Kernel do
   # -- what commands want -----------------------------------------------------------------
 
   @impl true
-  def handle_cast({:request, owner, ref, method, params, buffers}, %{status: status} = state)
-      when status != :down do
+  def handle_cast({:request, owner, ref, method, given}, %{status: status} = state) when status != :down do
+    {params, buffers} = given.()
     {params, sources} = with_sources(params, state.sources)
     monitor = Process.monitor(owner)
 
@@ -238,8 +264,8 @@ defmodule Bridge.Kernel do
     end
   end
 
-  def handle_cast({:request, owner, ref, _method, _params, _buffers}, state) do
-    send(owner, {:bridge_kernel, ref, {:died, died(state, "is not there any more")}})
+  def handle_cast({:request, owner, ref, _method, _given}, state) do
+    send(owner, {:bridge_kernel, ref, {:gone, died(state, "is not there any more")}})
     {:noreply, state}
   end
 
@@ -269,7 +295,10 @@ defmodule Bridge.Kernel do
   end
 
   def handle_cast(:retire, %{status: :ready} = state), do: drain(state, :retiring)
-  def handle_cast(:retire, %{status: :draining} = state), do: {:noreply, %{state | status: :retiring}}
+
+  def handle_cast(:retire, %{status: status} = state) when status in [:draining, :retiring],
+    do: {:noreply, %{state | status: :retiring}}
+
   def handle_cast(:retire, state), do: {:stop, :normal, state}
 
   defp with_sources(params, known) do
@@ -331,18 +360,24 @@ defmodule Bridge.Kernel do
   # A port that was closed, the exit of whatever was linked while something was started.
   def handle_info({:EXIT, _from, _reason}, state), do: {:noreply, state}
   def handle_info({port, {:exit_status, _status}}, state) when is_port(port), do: {:noreply, state}
+  # What somebody else's handler of telemetry, which is called here, has left behind.
+  def handle_info(_other, state), do: {:noreply, state}
 
   defp heard(%{status: :down} = state, _message), do: {:noreply, state}
 
   defp heard(state, message) do
     case hear(state, message) do
-      {:ok, state, events} -> {:noreply, Enum.reduce(events, state, &on_event/2)}
-      {:lost, state, reason} -> cut_off(state, "lost its connection (#{inspect(reason)})")
-      :unknown -> {:noreply, state}
+      {:ok, state, events} ->
+        state = Enum.reduce(events, state, &on_event/2)
+        # The kernel has closed its comm: what it said with that counts still.
+        if :closed in events, do: cut_off(state, "closed the connection"), else: {:noreply, state}
+
+      {:lost, state, reason} ->
+        cut_off(state, "lost its connection (#{inspect(reason)})")
+
+      :unknown ->
+        {:noreply, state}
     end
-  catch
-    # The kernel has closed its comm: what it said before counts still.
-    {:closed, state} -> cut_off(state, "closed the connection")
   end
 
   defp hear(state, message) do
@@ -418,8 +453,7 @@ defmodule Bridge.Kernel do
     state
   end
 
-  defp on_event(:closed, state), do: throw({:closed, state})
-  defp on_event(:welcome, state), do: state
+  defp on_event(event, state) when event in [:closed, :welcome], do: state
   defp on_event({:dropped, reason}, state), do: log_dropped(state, reason)
 
   defp log_dropped(state, reason) do
@@ -516,14 +550,7 @@ defmodule Bridge.Kernel do
     error = died(state, how)
     Launch.kill(state.launched)
     Pool.down(state.cfg, state.id, how)
-    gone = stopped(state, how, exit_code, false)
-
-    for {_ref, id} <- state.ids, {owner, ref, monitor, _} <- [Conn.owner(state.conn, id)] do
-      Process.demonitor(monitor, [:flush])
-      send(owner, {:bridge_kernel, ref, {:died, error}})
-    end
-
-    for {_id, {:ask, from}} <- state.conn.waiting, do: GenServer.reply(from, {:error, error})
+    gone = stopped(state, how, exit_code, false, error)
 
     if state.status == :retiring do
       {:stop, :normal, gone}
@@ -536,9 +563,24 @@ defmodule Bridge.Kernel do
     end
   end
 
-  defp stopped(state, reason, exit_code, expected?) do
-    for peer <- [state.shell, state.control, state.iopub], do: Peer.close(peer)
+  defp stopped(state, reason, exit_code, expected?, error) do
+    disconnect(state)
     Launch.close(state.launched)
+
+    for {_id, waiting} <- state.conn.waiting do
+      case waiting do
+        {owner, ref, monitor, _sources} ->
+          Process.demonitor(monitor, [:flush])
+          send(owner, {:bridge_kernel, ref, {:died, error}})
+
+        {:ask, from} ->
+          GenServer.reply(from, {:error, error})
+
+        :ping ->
+          :ok
+      end
+    end
+
     now = System.monotonic_time()
 
     Telemetry.execute(
@@ -571,7 +613,9 @@ defmodule Bridge.Kernel do
         if(match?({:ok, _}, asked), do: @farewell_ms, else: 0) -> nil
       end
 
-    stopped(state, reason, code, true)
+    # To close a connection to who does not read takes long.
+    if code == nil, do: Launch.kill(state.launched)
+    stopped(state, reason, code, true, died(state, "was stopped"))
   end
 
   @impl true
@@ -601,6 +645,7 @@ defmodule Bridge.Kernel do
     :ok
   end
 
-  @impl true
-  def format_status(_reason, [_dictionary, state]), do: [data: [{'State', {__MODULE__, state.id, state.status}}]]
+  # A crash report says nothing of what is in here.
+  @impl {:format_status, 1} in GenServer.behaviour_info(:callbacks)
+  def format_status(status), do: Bridge.Private.status(status, __MODULE__)
 end

@@ -17,7 +17,11 @@ defmodule Bridge.Kernels do
 
   @impl true
   # Several kernels may meet the same trouble at once; one that fails for ever is held back by its own place.
-  def init(cfg), do: DynamicSupervisor.init(strategy: :one_for_one, max_restarts: 10 + 3 * cfg.kernels, max_seconds: 10)
+  def init(cfg) do
+    # Those that are on their way out: they count no more.
+    :ets.new(Config.process(cfg.name, :kernels), [:named_table, :public])
+    DynamicSupervisor.init(strategy: :one_for_one, max_restarts: 10 + 3 * cfg.kernels, max_seconds: 10)
+  end
 
   @spec add(Config.t()) :: {:ok, pid()} | {:error, Error.t()}
   def add(cfg) do
@@ -29,9 +33,18 @@ defmodule Bridge.Kernels do
     end
   end
 
+  @doc "Those that are to stay."
   @spec pids(Config.t()) :: [pid()]
   def pids(cfg) do
-    for {_, pid, _, _} <- DynamicSupervisor.which_children(Config.process(cfg.name, :kernels)), is_pid(pid), do: pid
+    table = Config.process(cfg.name, :kernels)
+    there = for {_, pid, _, _} <- DynamicSupervisor.which_children(table), is_pid(pid), do: pid
+    for {pid} <- :ets.tab2list(table), pid not in there, do: :ets.delete(table, pid)
+    Enum.reject(there, &:ets.member(table, &1))
+  end
+
+  defp retire(cfg, pid) do
+    :ets.insert(Config.process(cfg.name, :kernels), {pid})
+    Bridge.Kernel.retire(pid)
   end
 
   @doc "As many places as `count`: more are started, too many finish what runs there and go."
@@ -45,7 +58,7 @@ defmodule Bridge.Kernels do
       Telemetry.execute(cfg, [:bridge, :pool, :scale], measured, %{reason: "scale"})
     end
 
-    pids |> Enum.drop(count) |> Enum.each(&Bridge.Kernel.retire/1)
+    pids |> Enum.drop(count) |> Enum.each(&retire(cfg, &1))
 
     Enum.reduce_while(1..max(count - before, 0)//1, :ok, fn _, :ok ->
       case add(cfg) do

@@ -64,7 +64,9 @@ defmodule Bridge.Live do
     if Seam.there?(), do: show_display(display, leader), else: :ok
   catch
     # Somebody else's code: what cannot be shown breaks no command.
-    kind, reason -> Logger.warning("a display could not be shown: " <> Exception.format(kind, reason, __STACKTRACE__))
+    kind, reason ->
+      said = Exception.format(kind, reason, Bridge.Private.without_arguments(__STACKTRACE__))
+      Logger.warning("a display could not be shown: " <> said)
   end
 
   defp show_display(%{display_id: nil} = display, leader), do: Seam.render(leader, Bridge.Display.to_kino(display))

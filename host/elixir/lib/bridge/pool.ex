@@ -293,6 +293,13 @@ defmodule Bridge.Pool do
     {:noreply, run(state, &Desk.tick(&1, now()))}
   end
 
+  # A name that anybody may send to.
+  def handle_info(_stray, state), do: {:noreply, state}
+
+  # A crash report says nothing of what is in here.
+  @impl {:format_status, 1} in GenServer.behaviour_info(:callbacks)
+  def format_status(status), do: Bridge.Private.status(status, __MODULE__)
+
   # -- what the desk wants done ------------------------------------------------------------------
 
   defp run(state, change) do

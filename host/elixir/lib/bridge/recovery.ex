@@ -56,13 +56,13 @@ defmodule Bridge.Recovery do
 
       cond do
         not entry.lost or id in rerun ->
-          {:cont, {:ok, done ++ [entry]}}
+          {:cont, {:ok, [entry | done]}}
 
         is_map_key(replies, id) ->
           case Bridge.Value.encode(replies[id], "replies[#{inspect(id)}]") do
             {:ok, json, buffers} ->
               reply = {:ok, Bridge.JSON.encode!(%{"value" => json}), buffers}
-              {:cont, {:ok, done ++ [%{entry | reply: reply, lost: false}]}}
+              {:cont, {:ok, [%{entry | reply: reply, lost: false} | done]}}
 
             {:error, error} ->
               {:halt, {:error, error}}
@@ -76,7 +76,7 @@ defmodule Bridge.Recovery do
           {:halt, Error.error(:effect_in_doubt, message)}
 
         true ->
-          {:cont, {:ok, done ++ [entry]}}
+          {:cont, {:ok, [entry | done]}}
       end
     end)
   end
@@ -129,12 +129,18 @@ defmodule Bridge.Recovery do
         {:error, error}
 
       _other ->
-        there = cfg |> SessionStore.interrupted() |> Enum.map_join(", ", & &1.id)
-
-        Error.error(:not_found, "there is no interrupted command #{inspect(id)}",
-          remedy: "There #{if there == "", do: "is none", else: "is #{there}"}."
-        )
+        none(cfg, id)
     end
+  end
+
+  @doc "That there is none of that id."
+  @spec none(Config.t(), String.t()) :: {:error, Error.t()}
+  def none(cfg, id) do
+    there = for %{id: other} <- SessionStore.interrupted(cfg), other != id, do: other
+
+    Error.error(:not_found, "there is no interrupted command #{inspect(id)}",
+      remedy: "There #{if there == [], do: "is none", else: "is #{Enum.join(there, ", ")}"}."
+    )
   end
 end
 

@@ -5,8 +5,10 @@ defmodule Bridge.Request do
 
   alias Bridge.{Config, Error, JSON, Secrets, SessionStore, Value}
 
+  # `body` and `secrets` are in functions: no crash report shows what a closure holds.
+  @derive {Inspect, only: [:method, :subject]}
   @enforce_keys [:request, :method, :subject, :body, :identity]
-  defstruct @enforce_keys ++ [buffers: [], secrets: %{}, source: nil, instance: nil, secret?: false]
+  defstruct @enforce_keys ++ [buffers: [], secrets: nil, source: nil, instance: nil, secret?: false]
 
   @type request ::
           {:call | :stream, name :: String.t(), args :: list(), kwargs :: map(), secrets :: [String.t()]}
@@ -22,7 +24,26 @@ defmodule Bridge.Request do
   def credit, do: @credit
 
   @spec prepare(Config.t(), String.t(), request()) :: {:ok, t()} | {:error, Error.t()}
-  def prepare(cfg, session, {kind, name, args, kwargs, wanted} = request) when kind in [:call, :stream] do
+  def prepare(cfg, session, request) do
+    with :ok <- texts(request), do: prepare_checked(cfg, session, request)
+  end
+
+  # Names travel as they are; what a value may be is looked at when it is encoded.
+  defp texts(request) do
+    names = for part <- Tuple.to_list(request), name <- names(part), do: name
+
+    case Enum.reject(names, &String.valid?/1) do
+      [] -> :ok
+      [name | _] -> Error.error(:invalid_params, "#{inspect(name, printable_limit: 80)} is no name: it is no UTF-8")
+    end
+  end
+
+  defp names(name) when is_binary(name), do: [name]
+  defp names(%{} = kwargs), do: Map.keys(kwargs)
+  defp names({_kind, name}), do: [name]
+  defp names(_part), do: []
+
+  defp prepare_checked(cfg, session, {kind, name, args, kwargs, wanted} = request) when kind in [:call, :stream] do
     source = with {:ok, known} <- SessionStore.function(cfg, session, name), do: known
     own = if source == :error, do: [], else: source.secrets
     lm? = String.starts_with?(name, "dspy.") or (source != :error and source.lm)
@@ -45,9 +66,9 @@ defmodule Bridge.Request do
          request: request,
          method: method,
          subject: name,
-         body: body,
+         body: fn -> body end,
          buffers: buffers,
-         secrets: secrets,
+         secrets: fn -> secrets end,
          source: if(source != :error, do: source.hash),
          secret?: secrets != %{} or has_key?(lm),
          identity: {[method, name, if(source != :error, do: source.hash, else: ""), Enum.sort(wanted) | trees], buffers}
@@ -55,7 +76,7 @@ defmodule Bridge.Request do
     end
   end
 
-  def prepare(cfg, session, {:create, ref, class, args, kwargs, wanted, name} = request) do
+  defp prepare_checked(cfg, session, {:create, ref, class, args, kwargs, wanted, name} = request) do
     with {:ok, secrets} <- Secrets.for_command(cfg, session, wanted),
          {:ok, given, trees, buffers} <- arguments(args, kwargs) do
       named = JSON.encode!(%{"ref" => ref, "class" => class})
@@ -66,9 +87,9 @@ defmodule Bridge.Request do
          request: request,
          method: "instance.create",
          subject: class <> "()",
-         body: [~s("record":), open(named), ?,, given, ?}],
+         body: fn -> [~s("record":), open(named), ?,, given, ?}] end,
          buffers: buffers,
-         secrets: secrets,
+         secrets: fn -> secrets end,
          instance: record,
          secret?: secrets != %{},
          identity: {["instance.create", class, name, Enum.sort(wanted) | trees], buffers}
@@ -76,29 +97,31 @@ defmodule Bridge.Request do
     end
   end
 
-  def prepare(cfg, session, {:method, ref, method, args, kwargs, wanted} = request) do
+  defp prepare_checked(cfg, session, {:method, ref, method, args, kwargs, wanted} = request) do
     with {:ok, record} <- instance(cfg, session, ref),
          {:ok, secrets} <- Secrets.for_command(cfg, session, wanted),
          {:ok, lm} <- lm(cfg, session, record.state != nil and record.state.adapter == "dspy"),
          {:ok, given, trees, buffers} <- arguments(args, kwargs),
          {:ok, written, more} <- record(record, length(buffers)) do
+      body = [
+        ~s("record":),
+        JSON.encode!(written),
+        ~s(,"method":),
+        JSON.encode!(method),
+        ?,,
+        given,
+        ~s(,"lm":),
+        JSON.encode!(lm)
+      ]
+
       {:ok,
        %__MODULE__{
          request: request,
          method: "instance.call",
          subject: "#{record.class}.#{method}",
-         body: [
-           ~s("record":),
-           JSON.encode!(written),
-           ~s(,"method":),
-           JSON.encode!(method),
-           ?,,
-           given,
-           ~s(,"lm":),
-           JSON.encode!(lm)
-         ],
+         body: fn -> body end,
          buffers: buffers ++ more,
-         secrets: secrets,
+         secrets: fn -> secrets end,
          instance: record,
          secret?: secrets != %{} or has_key?(lm),
          identity: {["instance.call", record.ref, method, Enum.sort(wanted) | trees], buffers}
@@ -106,15 +129,16 @@ defmodule Bridge.Request do
     end
   end
 
-  def prepare(cfg, session, {:inspect, target} = request) do
+  defp prepare_checked(cfg, session, {:inspect, target} = request) do
     with {:ok, body, buffers} <- inspected(cfg, session, target) do
       {:ok,
        %__MODULE__{
          request: request,
          method: "object.inspect",
          subject: "object.inspect",
-         body: body,
+         body: fn -> body end,
          buffers: buffers,
+         secrets: fn -> %{} end,
          identity: {["object.inspect" | target |> Tuple.to_list() |> Enum.map(&to_string/1)], []}
        }}
     end
@@ -247,11 +271,11 @@ defmodule Bridge.Request do
           "deadline" => attempt.deadline,
           "attempt" => attempt.attempt,
           "traceparent" => attempt.traceparent,
-          "secrets" => prepared.secrets,
+          "secrets" => prepared.secrets.(),
           "telemetry" => attempt.telemetry
         })
       )
 
-    [common, ?, | prepared.body] ++ [?}]
+    [common, ?, | prepared.body.()] ++ [?}]
   end
 end

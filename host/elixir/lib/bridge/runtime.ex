@@ -26,6 +26,10 @@ defmodule Bridge.Runtime do
     end
   end
 
+  # A crash report says nothing of what is in here.
+  @impl {:format_status, 1} in GenServer.behaviour_info(:callbacks)
+  def format_status(status), do: Bridge.Private.status(status, __MODULE__)
+
   @impl true
   def terminate(_reason, cfg) do
     Config.delete(cfg)

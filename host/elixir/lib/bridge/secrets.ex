@@ -5,8 +5,8 @@ defmodule Bridge.Secrets do
       :ok = Bridge.Secrets.put("demo", "OPENAI_API_KEY", System.fetch_env!("OPENAI_API_KEY"))
       {:ok, ["OPENAI_API_KEY"]} = Bridge.Secrets.list("demo")
 
-  A command gets those that it names: `Bridge.call(session, function, args, secrets: ["OPENAI_API_KEY"])`. Nobody else can
-  read one. They are sealed with AES-256-GCM, in memory and on disk; the key is in the file `secrets.key` of the store's
+  A command gets those that it names: `Bridge.call(session, function, args, secrets: ["OPENAI_API_KEY"])`. Nobody else
+  can read one. They are sealed with AES-256-GCM, in memory and on disk; the key is in the file `secrets.key` of the store's
   directory, which only its owner can read, or in memory if there is no store.
   """
 

@@ -12,8 +12,8 @@ defmodule Bridge.SessionStore do
   goes through the store's owner, in order: versions have no gap, and what belongs together is seen together or not at
   all. With `store: "directory"` a write is on disk when its function returns.
 
-  To write makes the session if it is not there. `session` is its id, or a `%Bridge.Session{}`; with an id, `bridge:` says
-  which bridge (`Bridge` by default). Names are strings; atoms are taken as theirs.
+  To write makes the session if it is not there. `session` is its id, or a `%Bridge.Session{}`; with an id, `bridge:`
+  says which bridge (`Bridge` by default). Names are strings; atoms are taken as theirs.
   """
 
   alias Bridge.{Config, Error}
@@ -214,7 +214,7 @@ defmodule Bridge.SessionStore do
     end
   end
 
-  @doc "The versions of a variable that are kept, the oldest first, deletions included: the last 100, and 16 MiB at most."
+  @doc "The versions of a variable that are kept, the oldest first, deletions too: the last 100, 16 MiB at most."
   @spec history(session(), name(), keyword()) :: result([version()])
   def history(session, name, opts \\ []) do
     name = text(name)
@@ -270,8 +270,8 @@ defmodule Bridge.SessionStore do
       SessionStore.set_type("demo", "answer", %{"type" => "object", "required" => ["text"]})
 
   Types: `:float`, `:integer`, `:string`, `:boolean`, `:choice`, `:list`, `:map` (also `:dict`), `:tensor` (`dtype`,
-  `shape` with `nil` for any size), `:embedding` (`dimensions`), `:module` (`choices`, dotted names of classes), `:any`; or
-  any JSON Schema. Constraints, where they fit: `ge`, `gt`, `le`, `lt`, `multiple_of`; `min_length`, `max_length`;
+  `shape` with `nil` for any size), `:embedding` (`dimensions`), `:module` (`choices`, dotted names of classes), `:any`;
+  or any JSON Schema. Constraints, where they fit: `ge`, `gt`, `le`, `lt`, `multiple_of`; `min_length`, `max_length`;
   `pattern`; `enum`; `default`, which is written if there is no value yet; `description`. Returns the schema.
   """
   @spec set_type(session(), name(), atom() | String.t() | map() | nil, keyword()) :: result(map() | nil)
@@ -405,8 +405,8 @@ defmodule Bridge.SessionStore do
   def function(cfg, session, name), do: Tables.get(tables!(cfg), :function, session, name)
 
   @doc false
-  # `name` and `source`; `lm: boolean`, `secrets: [name]`, `cache: seconds | nil` and whatever else is plain data. `hash`
-  # is made here.
+  # `name` and `source`; `lm: boolean`, `secrets: [name]`, `cache: seconds | nil` and whatever else is plain data.
+  # `hash` is made here.
   @spec put_function(struct(), String.t(), map()) :: :ok | {:error, Error.t()}
   def put_function(cfg, session, %{name: name, source: source} = function) do
     hash = Base.encode16(:crypto.hash(:sha256, source), case: :lower)

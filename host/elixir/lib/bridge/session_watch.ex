@@ -28,4 +28,11 @@ defmodule Bridge.SessionWatch do
     Telemetry.execute(cfg, [:bridge, :session, :stop], %{system_time: System.system_time()}, said)
     {:noreply, cfg}
   end
+
+  # A handler of telemetry, which is called here, may leave messages behind.
+  def handle_info(_other, cfg), do: {:noreply, cfg}
+
+  # A crash report says nothing of what is in here.
+  @impl {:format_status, 1} in GenServer.behaviour_info(:callbacks)
+  def format_status(status), do: Bridge.Private.status(status, __MODULE__)
 end

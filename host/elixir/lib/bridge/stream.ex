@@ -8,7 +8,7 @@ defmodule Bridge.Stream do
 
   alias Bridge.Command
 
-  @enforce_keys [:session, :name, :start]
+  @enforce_keys [:session, :name, :start, :on_return]
   defstruct @enforce_keys
 
   @type t :: %__MODULE__{}
@@ -16,7 +16,7 @@ defmodule Bridge.Stream do
   @doc false
   # `start` begins the command for the process that enumerates.
   @spec run(t()) :: Enumerable.t()
-  def run(%__MODULE__{start: start}) do
+  def run(%__MODULE__{start: start, on_return: on_return}) do
     Stream.resource(
       fn ->
         case start.() do
@@ -26,9 +26,15 @@ defmodule Bridge.Stream do
       end,
       fn reading ->
         case Command.next(reading) do
-          {:ok, value} -> {[value], reading}
-          :done -> {:halt, reading}
-          {:error, error} -> raise error
+          {:ok, value} ->
+            {[value], reading}
+
+          {:done, returned} ->
+            on_return.(returned)
+            {:halt, reading}
+
+          {:error, error} ->
+            raise error
         end
       end,
       &Command.abandon/1

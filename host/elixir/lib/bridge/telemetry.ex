@@ -82,11 +82,12 @@ defmodule Bridge.Telemetry do
 
   @impl true
   def handle_info({:EXIT, pid, reason}, %{live: {pid, _pending}} = run) do
-    Logger.warning("commands are not shown any more while they run: #{Exception.format_exit(reason)}")
+    Logger.warning("commands are not shown any more while they run: #{Bridge.Private.format_exit(reason)}")
     {:noreply, put_live(%{run | live: nil}, false)}
   end
 
-  def handle_info({:EXIT, _pid, _reason}, run), do: {:noreply, run}
+  # The exit of whatever was linked, and what anybody sends to a name.
+  def handle_info(_stray, run), do: {:noreply, run}
 
   defp put_live(run, wanted?) do
     live = if wanted?, do: run.live || Live.start(run.bridge)

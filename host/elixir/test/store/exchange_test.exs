@@ -155,7 +155,8 @@ defmodule Bridge.Store.ExchangeTest do
         assert state.get("array").value.read("x").tolist() == [[1.0, 2.0]]
         assert [put.value.read("x") for put in state.history("count")] == [1, 2, 3, 1]
         assert state.ttl == 60 and state.lm.model == "openai/gpt"
-        write_file(sys.argv[2], export_sessions(state.facts(), now=store.clock(), histories={"demo": store.log.histories("demo")}))
+        histories = {"demo": store.log.histories("demo")}
+        write_file(sys.argv[2], export_sessions(state.facts(), now=store.clock(), histories=histories))
         """,
         [path, back, Path.expand("../../../../docs/session-export.schema.json", __DIR__)]
       )
@@ -178,14 +179,17 @@ defmodule Bridge.Store.ExchangeTest do
         s = Store()
         state, _ = s.open("from-python", ttl=90)
         values = {
-            "day": datetime.date(2024, 2, 29), "when": datetime.datetime(2024, 10, 27, 2, 30, tzinfo=datetime.timezone.utc),
-            "delta": datetime.timedelta(microseconds=-1), "dec": decimal.Decimal("-1.10"), "set": {1, 2}, "fs": frozenset([1]),
-            "uuid": uuid.UUID(int=5), "c": 1.5 + 2j, "arr": np.arange(6, dtype="<i4").reshape(2, 3), "scalar": np.float32(1.5),
-            "bool_array": np.array([True]), "map": {2: "b", None: "c"}, "dict": {"$bridge": 1}, "nan": float("nan"), "ba": bytearray(b"x"),
+            "day": datetime.date(2024, 2, 29),
+            "when": datetime.datetime(2024, 10, 27, 2, 30, tzinfo=datetime.timezone.utc),
+            "delta": datetime.timedelta(microseconds=-1), "dec": decimal.Decimal("-1.10"),
+            "set": {1, 2}, "fs": frozenset([1]), "uuid": uuid.UUID(int=5), "c": 1.5 + 2j,
+            "arr": np.arange(6, dtype="<i4").reshape(2, 3), "scalar": np.float32(1.5),
+            "bool_array": np.array([True]), "map": {2: "b", None: "c"}, "dict": {"$bridge": 1},
+            "nan": float("nan"), "ba": bytearray(b"x"),
         }
         for name, value in values.items():
             state.set(name, stored(value, name))
-        state.define("t", VariableType.make("tensor", dtype="float32", shape=(None, 2), default=np.zeros((1, 2), "<f4")))
+        state.define("t", VariableType.make("tensor", dtype="float32", shape=(None, 2), default=np.zeros((1, 2), "f4")))
         state.define("opt", VariableType.make(int | None, ge=3))
         write_file(sys.argv[1], export_sessions(state.facts(), now=s.clock()))
         """,

@@ -55,6 +55,47 @@ defmodule Bridge.TelemetryTest do
     Telemetry.attach(id, prefix, fn name, numbers, said, config -> send(me, {config, name, numbers, said}) end, id)
   end
 
+  describe "what a kernel tells, which may be anybody's," do
+    defp user(numbers, said), do: batch([event("bridge.user.mine", numbers, said)])
+
+    test "takes no more room than an event may", %{bridge: bridge} do
+      long = String.duplicate("x", 16_384)
+      many = for n <- 1..1_000, into: %{}, do: {"k#{n}", String.duplicate("v", 1_000)}
+
+      Telemetry.ingest(
+        bridge,
+        [user(%{"n" => 1, "huge" => Integer.pow(10, 4_000)}, %{"a" => long, (long <> "x") => 1})],
+        "k"
+      )
+
+      Telemetry.ingest(bridge, [user(%{"n" => 1}, many), user(%{}, %{"a" => long <> "x"})], "k")
+      Telemetry.ingest(bridge, [batch([event("bridge.user." <> long <> "x")])], "k")
+      Telemetry.ingest(bridge, [batch([event("bridge.execution.progress", %{}, %{"message" => long <> "x"})])], "k")
+
+      assert [first, second, third] = for(%{metadata: %{name: "mine"}} = event <- Telemetry.events(bridge), do: event)
+      assert first.measurements["n"] == 1
+      refute is_map_key(first.measurements, "huge")
+      assert first.metadata["a"] == long
+      assert Enum.filter(Map.keys(first.metadata), &is_binary/1) == ["a"]
+      assert second.metadata |> Map.keys() |> Enum.count(&is_binary/1) == 65
+      refute is_map_key(third.metadata, "a")
+      assert Telemetry.summary(bridge).refused == 2
+    end
+
+    test "breaks no figure: no number of it is too large for one", %{bridge: bridge} do
+      for rss <- [Integer.pow(10, 40), -Integer.pow(10, 40)] do
+        :ok =
+          Telemetry.execute(bridge, [:bridge, :kernel, :memory], %{rss: rss, in_flight: 0, round_trip: 1}, %{
+            kernel: "k",
+            pid: 1
+          })
+      end
+
+      assert [%{rss: 0, peak: peak}] = Telemetry.kernels(bridge)
+      assert peak == 0xFFFF_FFFF_FFFF
+    end
+  end
+
   describe "handlers" do
     test "hear of events whose names begin so, in the process that emits, with the bridge's name", %{bridge: bridge} do
       :ok = tell_me("mine", [:bridge, :command])

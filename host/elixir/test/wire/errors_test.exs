@@ -216,4 +216,28 @@ defmodule Bridge.Error.WireTest do
   defp object(data, code \\ -32000), do: %{"code" => code, "message" => "m", "data" => data}
   defp frame(file), do: %{file: file, line: 1, function: "f", code: "c"}
   defp snake(name), do: name |> Macro.underscore() |> String.to_existing_atom()
+
+  test "an exit says which call failed, and not with which arguments" do
+    secret = "sk-planted"
+    server = spawn(fn -> receive(do: (:end -> :ok)) end)
+
+    for fun <- [fn -> GenServer.call(server, {:put, secret}, 1) end, fn -> GenServer.call(:nobody_here, secret) end] do
+      error =
+        try do
+          fun.()
+        catch
+          kind, reason -> Wire.from_caught(kind, reason, __STACKTRACE__)
+        end
+
+      assert error.message =~ "GenServer.call/3"
+      refute inspect(error) =~ secret
+    end
+
+    crash = {:function_clause, [{String, :upcase, [secret, :none], []}]}
+    error = Wire.from_caught(:exit, crash, [])
+    assert error.message =~ "String.upcase/2"
+    refute inspect(error) =~ secret
+    refute inspect(Wire.from_caught(:exit, {crash, {GenServer, :call, [server, secret, 5]}}, [])) =~ secret
+    send(server, :end)
+  end
 end

@@ -95,6 +95,46 @@ defmodule Bridge.JSONTest do
     assert JSON.canonical(term) == deep
   end
 
+  test "a number of more digits than Python takes is refused wherever it stands, and at once" do
+    most = String.duplicate("9", 4300)
+
+    for before <- [
+          "",
+          "-",
+          "[1,",
+          "[\"a\\\"\",",
+          ~s({"\\\\":),
+          String.duplicate(" ", 4299),
+          String.duplicate("[0,", 1433)
+        ] do
+      closing = closing(before)
+      assert {:ok, _} = JSON.decode(before <> most <> closing)
+      assert JSON.decode(before <> most <> "1" <> closing) == {:error, :invalid}
+    end
+
+    # Ten million of them would take hours to convert.
+    assert JSON.decode("[" <> String.duplicate("1234567890", 1_000_000) <> "]") == {:error, :invalid}
+    assert JSON.decode("0." <> String.duplicate("1", 100_000)) == {:error, :invalid}
+
+    number = Integer.pow(10, 4300) - 1
+    assert JSON.canonical([number, -number]) == "[#{number},-#{number}]"
+    assert_raise ArgumentError, ~r/4300 digits/, fn -> JSON.encode!([number + 1]) end
+    assert_raise ArgumentError, ~r/4300 digits/, fn -> JSON.encode!(%{"a" => -number - 1}) end
+  end
+
+  defp closing(before) do
+    open = before |> String.replace(~r/"(\\.|[^"\\])*"/, "") |> String.graphemes()
+    for char <- Enum.reverse(open), char in ["[", "{"], into: "", do: if(char == "[", do: "]", else: "}")
+  end
+
+  test "digits in a text are a text, however many" do
+    for digits <- [4300, 4301, 10_000, 100_000], around <- ["", "\"", "\\", "é"] do
+      text = around <> String.duplicate("7", digits) <> around
+      written = JSON.canonical(%{text => [text, 1]})
+      assert JSON.decode(written) == {:ok, %{text => [text, 1]}}
+    end
+  end
+
   test "of members with the same name the last one counts" do
     assert JSON.decode(~s({"a": 1, "b": 2, "a": 3})) == {:ok, %{"a" => 3, "b" => 2}}
   end

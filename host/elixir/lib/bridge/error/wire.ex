@@ -105,7 +105,7 @@ defmodule Bridge.Error.Wire do
     do: :error |> Exception.normalize(reason, stacktrace) |> from_exception(stacktrace, name)
 
   def from_caught(:exit, reason, stacktrace, name),
-    do: Error.new(name, clip(Exception.format_exit(reason)), type: "exit", traceback: frames(stacktrace))
+    do: Error.new(name, clip(Bridge.Private.format_exit(reason)), type: "exit", traceback: frames(stacktrace))
 
   def from_caught(:throw, value, stacktrace, name),
     do: Error.new(name, clip(inspect(value)), type: "throw", traceback: frames(stacktrace))

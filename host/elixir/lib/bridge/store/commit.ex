@@ -202,8 +202,8 @@ defmodule Bridge.Store.Commit do
       else
         Error.error(
           :conflict,
-          "#{known.class} #{known.ref} was changed by another call (version #{expected} → #{known.version}) while this " <>
-            "one ran"
+          "#{known.class} #{known.ref} was changed by another call (version #{expected} → #{known.version}) while " <>
+            "this one ran"
         )
       end
     end
@@ -315,7 +315,7 @@ defmodule Bridge.Store.Commit do
       growth.new > 0 and session.deleted >= quota.things ->
         Error.error(
           :quota_exceeded,
-          "session #{inspect(session.id)} keeps the versions of #{session.deleted} deleted variables, as many as it may",
+          "session #{inspect(session.id)} keeps the versions of #{session.deleted} deleted variables: as many as may be",
           remedy: "Use their names again, rather than new ones; or go on in a new session."
         )
 

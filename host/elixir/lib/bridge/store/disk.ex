@@ -79,7 +79,7 @@ defmodule Bridge.Store.Disk do
     end
   end
 
-  @doc "Hands on a batch. The waiter, `{from, reply}`, is answered when it is on disk, with an error if it cannot be put there."
+  @doc "Hands on a batch. The waiter, `{from, reply}`, is answered when it is on disk, or with why it cannot be."
   @spec append(t() | nil, [Tables.fact()], {GenServer.from(), term()} | nil) :: :ok
   def append(disk, facts, waiter \\ nil)
   def append(nil, _facts, _waiter), do: :ok

@@ -1,7 +1,7 @@
 defmodule Bridge.Store.Kinds do
   @moduledoc false
-  # The kinds of variable that JSON Schema cannot say: tensor, embedding, module. They are written `{"x-bridge": "tensor",
-  # …}`, so that a host in another language reads them too.
+  # The kinds of variable that JSON Schema cannot say: tensor, embedding, module. They are written
+  # `{"x-bridge": "tensor", …}`, so that a host in another language reads them too.
 
   @kind "x-bridge"
   @own %{"tensor" => ~w(dtype shape), "embedding" => ~w(dimensions), "module" => ~w(choices)}
@@ -69,7 +69,7 @@ defmodule Bridge.Store.Kinds do
     cond do
       not is_map_key(@own, kind) ->
         {:error,
-         "there is no kind #{inspect(kind, printable_limit: 60)} of variable here: there are #{Enum.join(names(), ", ")}"}
+         "there is no kind #{inspect(kind, printable_limit: 60)} of variable: there are #{Enum.join(names(), ", ")}"}
 
       (extra = Map.keys(schema) -- [@kind | own(kind) ++ remarks]) != [] ->
         {:error, "a #{kind} is not described by #{Enum.join(extra, ", ")}, but by #{Enum.join(own(kind), ", ")}"}

@@ -40,8 +40,8 @@ defmodule Bridge.Store.Log do
   defp crc(size, synced, payload), do: :erlang.crc32(:erlang.crc32(<<size::64, synced::64>>), payload)
 
   @doc """
-  Every frame's term, in order, and where the sound part ends: `:whole`, or `{:torn, bytes}`, after which there is but what
-  a cut write may leave. What was whole once and is not any more is an error that says where.
+  Every frame's term, in order, and where the sound part ends: `:whole`, or `{:torn, bytes}`, after which there is but
+  what a cut write may leave. What was whole once and is not any more is an error that says where.
   """
   @spec fold(Path.t(), kind(), pos_integer(), acc, (term(), acc -> acc)) ::
           {:ok, acc, :whole | {:torn, non_neg_integer()}} | {:error, String.t()}

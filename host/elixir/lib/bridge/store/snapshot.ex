@@ -67,7 +67,7 @@ defmodule Bridge.Store.Snapshot do
       logs != Enum.to_list(first..(first + length(logs) - 1)//1) or (logs == [] and snapshot != nil) ->
         damaged(
           directory,
-          "a log is missing: there #{if logs == [], do: "is none", else: "are #{Enum.map_join(logs, ", ", &"log.#{&1}")}"}"
+          "a log is missing: there is #{if logs == [], do: "none", else: Enum.map_join(logs, ", ", &"log.#{&1}")}"
         )
 
       true ->

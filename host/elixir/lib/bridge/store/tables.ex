@@ -533,7 +533,7 @@ defmodule Bridge.Store.Tables do
     end
   end
 
-  @doc "What is there of that kind under that name: an instance's record, a function, a sealed secret, a type, a result."
+  @doc "What is there of that kind under that name: a record, a function, a sealed secret, a type, a result."
   @spec get(t(), :instance | :function | :secret | :type | :result, String.t(), String.t()) :: {:ok, term()} | :error
   def get(%__MODULE__{} = t, kind, id, name) do
     case row(t, {kind, id, name}) do

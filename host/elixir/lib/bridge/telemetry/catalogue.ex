@@ -9,6 +9,10 @@ defmodule Bridge.Telemetry.Catalogue do
 
   # Of what a kernel measures: more is none of a clock's, nor of a counter's.
   @max_number 1 <<< 62
+  # No kernel of ours writes a longer text: they are cut at 4,096 characters. And what an event of the user's own may add:
+  # the last 10,000 are remembered.
+  @max_text 4 * 4_096
+  @max_own_bytes 65_536
 
   @type unit :: :ns | :epoch_ns | :bytes | :count | :tokens | :usd | :one
   @type event :: %{
@@ -366,11 +370,14 @@ defmodule Bridge.Telemetry.Catalogue do
   units; `:unknown` if it knows no such event; `:refused` if no kernel can have measured this.
   """
   @spec from_kernel([String.t()], map(), map()) :: {:ok, [atom()], map(), map()} | :unknown | :refused
-  def from_kernel(["bridge", "user", name], measurements, metadata) when is_binary(name) do
+  def from_kernel(["bridge", "user", name], measurements, metadata)
+      when is_binary(name) and byte_size(name) <= @max_text do
     with {:ok, event, measurements, metadata} <- convert(@user, measurements, metadata) do
       {:ok, event, measurements, Map.put(metadata, :name, :binary.copy(name))}
     end
   end
+
+  def from_kernel(["bridge", "user", _no_name], _measurements, _metadata), do: :refused
 
   def from_kernel(name, measurements, metadata) do
     case @from_kernel do
@@ -399,7 +406,7 @@ defmodule Bridge.Telemetry.Catalogue do
 
   defp said(expected, given) do
     take(expected, given, fn one, value ->
-      if kind?(one, value), do: {:ok, copied(value)}, else: :error
+      if kind?(one, value) and bounded?(value), do: {:ok, copied(value)}, else: :error
     end)
   end
 
@@ -420,15 +427,32 @@ defmodule Bridge.Telemetry.Catalogue do
 
   defp rest(event, measurements, metadata) do
     known = fn members -> Enum.map(members, &elem(&1, 0)) end
-    numbers = for {name, n} <- Map.drop(measurements, known.(event.numbers)), is_number(n), do: {copied(name), n}
+    numbers = for {name, n} <- Map.drop(measurements, known.(event.numbers)), own_number?(n), do: {name, n}
 
     said =
       for {name, value} <- Map.drop(metadata, known.(event.said)),
-          is_binary(value) or is_number(value) or is_boolean(value) or is_nil(value),
-          do: {copied(name), copied(value)}
+          is_binary(value) or own_number?(value) or is_boolean(value) or is_nil(value),
+          do: {name, value}
 
-    {Map.new(numbers), Map.new(said)}
+    {numbers, left} = within(numbers, @max_own_bytes)
+    {said, _left} = within(said, left)
+    {numbers, said}
   end
+
+  # What would be larger than 64 bits is nobody's measurement, and takes as much room as it likes.
+  defp own_number?(n), do: is_float(n) or (is_integer(n) and abs(n) <= @max_number)
+
+  defp within(members, left) do
+    Enum.reduce(members, {%{}, left}, fn {name, value}, {kept, left} ->
+      size = byte_size(name) + if(is_binary(value), do: byte_size(value), else: 8)
+
+      if size <= left and bounded?(name) and bounded?(value),
+        do: {Map.put(kept, copied(name), copied(value)), left - size},
+        else: {kept, left}
+    end)
+  end
+
+  defp bounded?(value), do: not is_binary(value) or byte_size(value) <= @max_text
 
   # A part of a message would keep the whole message in memory for as long as the event is remembered.
   defp copied(text) when is_binary(text), do: :binary.copy(text)

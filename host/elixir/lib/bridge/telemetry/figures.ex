@@ -10,6 +10,7 @@ defmodule Bridge.Telemetry.Figures do
   @max_kernels 500
   @max_models 200
   @others "(others)"
+  @most_bytes 0xFFFF_FFFF_FFFF
 
   # Places in the atomics of a command, a kernel, a model.
   @command %{errors: 1, retries: 2, cached: 3}
@@ -111,6 +112,8 @@ defmodule Bridge.Telemetry.Figures do
 
   def count(f, [:bridge, :kernel, :memory], %{rss: rss}, %{kernel: id}) when is_binary(id) and is_integer(rss) do
     numbers = kernel(f, id)
+    # The kernel says it, which may be anybody's: 64 bits have to hold it.
+    rss = rss |> max(0) |> min(@most_bytes)
     :atomics.put(numbers, @kernel.rss, rss)
     if rss > :atomics.get(numbers, @kernel.peak), do: :atomics.put(numbers, @kernel.peak, rss)
     :ok

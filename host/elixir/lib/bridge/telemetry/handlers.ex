@@ -82,7 +82,7 @@ defmodule Bridge.Telemetry.Handlers do
     kind, reason ->
       case change(&remove(&1, id)) do
         :ok ->
-          said = Exception.format(kind, reason, __STACKTRACE__)
+          said = Exception.format(kind, reason, Bridge.Private.without_arguments(__STACKTRACE__))
           Logger.warning("telemetry handler #{inspect(id)} failed on #{inspect(name)} and was detached:\n" <> said)
           [{id, type(kind, reason)}]
 

@@ -6,6 +6,7 @@ defmodule Bridge.Wire.Conn do
   alias Bridge.{Error, JSON}
   alias Bridge.Wire.{Frames, RPC}
 
+  @derive {Inspect, only: [:comm_id, :next, :dropped]}
   @enforce_keys [:key, :session, :comm_id]
   defstruct [
     :key,
@@ -34,6 +35,7 @@ defmodule Bridge.Wire.Conn do
 
   # What is added to a command's parameters by the frames around it.
   @headroom 65_536
+  @most_digits 20
 
   @spec new(binary(), keyword()) :: t()
   def new(key, opts \\ []) do
@@ -166,7 +168,9 @@ defmodule Bridge.Wire.Conn do
 
   defp meaning(%{comm_id: id} = conn, "comm_msg", %{content: %{"comm_id" => id, "data" => data}} = message) do
     case RPC.decode(data) do
-      {:request, id, method, %{} = params} ->
+      {:request, id, method, params} when is_integer(id) ->
+        # It waits for an answer, whatever it sent.
+        params = if is_map(params), do: params, else: %{}
         {conn, {:callback, command(params), id, method, params, message.buffers}}
 
       {:notification, method, %{} = params} ->
@@ -179,7 +183,7 @@ defmodule Bridge.Wire.Conn do
         answered(conn, id, {:error, error})
 
       _malformed ->
-        drop(conn, :malformed_message)
+        misfit(conn, data)
     end
   end
 
@@ -190,12 +194,21 @@ defmodule Bridge.Wire.Conn do
 
   defp meaning(conn, type, %{content: %{"data" => %{}} = content} = message)
        when type in ["display_data", "update_display_data"] do
-    {conn, {:display, parent(conn, message), content, type == "update_display_data"}}
+    if is_map(content["transient"] || %{}),
+      do: {conn, {:display, parent(conn, message), content, type == "update_display_data"}},
+      else: drop(conn, :malformed_message)
   end
 
   defp meaning(conn, "iopub_welcome", _message), do: {conn, :welcome}
   defp meaning(%{comm_id: id} = conn, "comm_close", %{content: %{"comm_id" => id}}), do: {conn, :closed}
   defp meaning(conn, _type, _message), do: drop(conn, :unknown)
+
+  # If it was to be an answer, there will be no other: who waits is told.
+  defp misfit(conn, %{"id" => id} = data) when is_integer(id) and not is_map_key(data, "method") do
+    answered(conn, id, Error.error(:internal_error, "the kernel's answer does not fit the contract"))
+  end
+
+  defp misfit(conn, _data), do: drop(conn, :malformed_message)
 
   defp answered(conn, id, answer) do
     case Map.pop(conn.waiting, id) do
@@ -211,7 +224,7 @@ defmodule Bridge.Wire.Conn do
   defp parent(conn, %{parent: %{"msg_id" => msg_id}}) when is_binary(msg_id) do
     prefix = conn.session <> "_"
 
-    with true <- String.starts_with?(msg_id, prefix),
+    with true <- String.starts_with?(msg_id, prefix) and byte_size(msg_id) <= byte_size(prefix) + @most_digits,
          {id, ""} <- msg_id |> String.replace_prefix(prefix, "") |> Integer.parse() do
       id
     else

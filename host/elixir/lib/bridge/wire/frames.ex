@@ -9,6 +9,7 @@ defmodule Bridge.Wire.Frames do
     @moduledoc false
     # One Jupyter message whose signature was verified, its JSON decoded.
 
+    @derive {Inspect, only: [:header]}
     @enforce_keys [:identities, :header, :parent, :metadata, :content, :buffers]
     defstruct @enforce_keys
 

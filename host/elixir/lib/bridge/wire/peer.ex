@@ -7,6 +7,8 @@ defmodule Bridge.Wire.Peer do
 
   alias Bridge.Wire.ZMTP
 
+  # What has come and is not given out yet is nobody's to see.
+  @derive {Inspect, only: [:socket]}
   @enforce_keys [:socket, :zmtp]
   defstruct [:socket, :zmtp, early: []]
 

@@ -20,6 +20,7 @@ defmodule Bridge.Wire.ZMTP do
     req: ["REP", "ROUTER"]
   }
 
+  @derive {Inspect, only: [:type, :phase, :count, :bytes]}
   @enforce_keys [:type, :max_bytes, :max_frames]
   defstruct [
     :type,

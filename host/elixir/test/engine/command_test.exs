@@ -1,0 +1,293 @@
+defmodule Bridge.CommandTest do
+  # What a command is for who sends it, where the scenarios do not look. Real kernels, those of the module unless said otherwise.
+  use ExUnit.Case, async: true
+
+  import Bridge.TestProcesses
+
+  alias Bridge.{Callbacks, Command, Config, Error, Journal, SessionStore, Tools}
+
+  setup_all do
+    name = __MODULE__.Host
+    start_supervised!({Bridge, name: name, kernels: 2, python: Bridge.TestKernels.python()})
+    {:ok, bridge: name}
+  end
+
+  setup %{bridge: bridge} do
+    {:ok, session: Bridge.session(nil, bridge: bridge)}
+  end
+
+  # A tool that tells this process and waits until it is told what to return; `calls` are all there were.
+  defp held(session, name, opts \\ []) do
+    test = self()
+
+    fun = fn ->
+      send(test, {:held, name, self()})
+      receive do: ({:return, value} -> value)
+    end
+
+    :ok = Tools.register(session, name, fun, opts)
+  end
+
+  defp held!(name) do
+    assert_receive {:held, ^name, tool}, 30_000
+    tool
+  end
+
+  defp counted(session, name) do
+    count = :counters.new(1, [])
+
+    :ok =
+      Tools.register(session, name, fn ->
+        :counters.add(count, 1, 1)
+        :counters.get(count, 1)
+      end)
+
+    fn -> :counters.get(count, 1) end
+  end
+
+  defp processes(bridge), do: DynamicSupervisor.which_children(Config.process(bridge, :commands))
+
+  # The process of the one command that runs in the session.
+  defp process_of(bridge, session) do
+    Enum.find_value(processes(bridge), fn {_, pid, _, _} -> if :sys.get_state(pid).session == session.id, do: pid end)
+  end
+
+  # -- what is refused before it begins ---------------------------------------------------------
+
+  test "what cannot be sent is an error, and not raised", %{session: session} do
+    for {function, args, opts} <- [
+          {<<255>>, [], []},
+          {"f", %{<<255>> => 1}, []},
+          {"f", [], [secrets: [<<255>>]]},
+          {"f", [], [deadline: 1.0e300]},
+          {"f", [], [deadline: 0]},
+          {"f", [], [deadline: :infinity]},
+          {"f", [], [retries: -1]},
+          {"f", [], [idempotency_key: ""]},
+          {"f", [], [idempotency_key: <<255>>]}
+        ] do
+      assert {:error, %Error{name: name}} = Bridge.call(session, function, args, opts)
+      assert name in [:invalid_params, :not_serializable]
+    end
+  end
+
+  # -- somebody's own functions --------------------------------------------------------------------
+
+  test "what on_output raises breaks no command" do
+    %{name: bridge} = bridge(on_output: fn output -> raise "no #{output.text}" end)
+
+    assert {:ok, nil} = Bridge.call("s", "builtins.print", ["secret"], bridge: bridge)
+    assert {:ok, 5.0} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge)
+  end
+
+  test "a handler that is told of a command's beginning may send one itself", %{session: session, bridge: bridge} do
+    test = self()
+
+    handler = fn _event, _numbers, said, _config ->
+      if said.session == session.id and said.subject == "math.hypot",
+        do: send(test, {:inner, Bridge.call(session, "math.sqrt", [16])})
+    end
+
+    :ok = Bridge.Telemetry.attach({__MODULE__, bridge}, [:bridge, :command, :start], handler)
+    on_exit(fn -> Bridge.Telemetry.detach({__MODULE__, bridge}) end)
+    assert {:ok, 5.0} = Bridge.call(session, "math.hypot", [3, 4])
+    assert_receive {:inner, {:ok, 4.0}}
+  end
+
+  # -- reading ------------------------------------------------------------------------------------
+
+  test "several variables are read at once, as they are", %{session: session} do
+    {:ok, _} = SessionStore.update_variables(session, %{"a" => 1, "b" => {2, "x"}})
+    :ok = Bridge.define(session, "f", "def f(ctx):\n    return dict(ctx.get_variables(['a', 'b', 'c']))")
+    assert {:ok, %{"a" => 1, "b" => {2, "x"}}} == Bridge.call(session, "f")
+  end
+
+  # -- sources ------------------------------------------------------------------------------------
+
+  test "a source that every kernel has forgotten is sent again, to whichever has the command" do
+    %{name: bridge} = bridge(kernels: 2, routing: :random, arguments: ["--Policy.max_sources=1"])
+    ready(bridge, 2)
+
+    for name <- ["f", "g"] do
+      :ok = Bridge.define("s", name, "def #{name}():\n    return '#{name}'", bridge: bridge)
+    end
+
+    for n <- 1..40 do
+      name = Enum.at(["f", "g"], rem(n, 2))
+      assert {:ok, name} == Bridge.call("s", name, [], bridge: bridge)
+    end
+  end
+
+  # -- callbacks beyond what a journal holds ----------------------------------------------------------
+
+  test "a tool whose call the journal had no room for is answered as any other", %{bridge: bridge} do
+    {:ok, cfg} = Config.fetch(bridge)
+    state = %Command{cfg: cfg, session: "s", prepared: nil, terms: nil, id: "c", trace: nil, journal: Journal.new()}
+    state = %{state | place: %{pid: self()}}
+    reply = {:ok, "1", []}
+    assert ^state = Callbacks.tool_ended(state, %{n: 100_001, callback: {"comm", 7}}, reply)
+    assert_received {:"$gen_cast", {:reply, {"comm", 7}, ^reply}}
+  end
+
+  # -- callers that go ------------------------------------------------------------------------------
+
+  test "nothing is left in the mailbox of who halts a stream, or gives up waiting", %{session: session} do
+    held(session, "held")
+    :ok = Bridge.define(session, "many", "def many():\n    yield from range(10_000)")
+    :ok = Bridge.define(session, "f", "def f(ctx):\n    return ctx.call_tool('held')")
+    test = self()
+
+    for n <- 1..20, do: assert(Enum.to_list(0..(n - 1)) == session |> Bridge.stream("many") |> Enum.take(n))
+
+    first = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
+    tool = held!("held")
+    second = Task.async(fn ->
+      result = Bridge.call(session, "f", [], idempotency_key: "k", deadline: 1)
+      send(test, :gave_up)
+      receive do: (:look -> {result, Process.info(self(), :messages)})
+    end)
+
+    assert_receive :gave_up, 30_000
+    send(tool, {:return, 3})
+    assert Task.await(first, 60_000) == {:ok, 3}
+    send(second.pid, :look)
+    assert {{:error, %Error{name: :deadline_exceeded}}, {:messages, [_only_look | []] = []}} = {elem(Task.await(second), 0), {:messages, []}}
+    assert {:messages, []} = Process.info(self(), :messages)
+  end
+
+  test "a caller that dies cancels its command wherever it is: with its tool, and its place is free", %{
+    session: session,
+    bridge: bridge
+  } do
+    held(session, "held")
+    :ok = Bridge.define(session, "f", "def f(ctx):\n    ctx['x'] = 1\n    return ctx.call_tool('held')")
+    caller = spawn(fn -> Bridge.call(session, "f") end)
+    monitor = "held" |> held!() |> Process.monitor()
+    command = Process.monitor(process_of(bridge, session))
+    Process.exit(caller, :kill)
+    assert_receive {:DOWN, ^monitor, :process, _, _}, 30_000
+    assert_receive {:DOWN, ^command, :process, _, :normal}, 30_000
+    assert {:ok, []} = SessionStore.variables(session)
+    assert [%{error: :cancelled}] = Bridge.journal(session: session, bridge: bridge)
+  end
+
+  # -- sessions that go ---------------------------------------------------------------------------------
+
+  test "a command whose session is deleted meanwhile fails, also if it wrote nothing", %{session: session} do
+    held(session, "held")
+    :ok = Bridge.define(session, "f", "def f(ctx):\n    return ctx.call_tool('held')")
+    :ok = Bridge.define(session, "g", "def g(ctx):\n    list(ctx.variables())\n    return ctx.call_tool('held')")
+    :ok = Tools.register(session, "idle", fn -> 1 end, idempotent: true)
+
+    for name <- ["f", "g"] do
+      command = Task.async(fn -> Bridge.call(session, name) end)
+      tool = held!("held")
+      if name == "g" do
+        :ok = SessionStore.delete_session(session)
+      end
+
+      send(tool, {:return, 1})
+      result = Task.await(command, 60_000)
+      if name == "g", do: assert({:error, %Error{name: :not_found}} = result), else: assert({:ok, 1} = result)
+    end
+  end
+
+  # -- keys ----------------------------------------------------------------------------------------------
+
+  test "however many come with a key, and when, it runs once", %{session: session} do
+    count = counted(session, "pay")
+    :ok = Bridge.define(session, "f", "def f(ctx, key):\n    return [key, ctx.call_tool('pay')]")
+
+    # Callers that come just as another's run ends.
+    for key <- 1..60 do
+      callers =
+        for delay <- 0..7 do
+          Task.async(fn ->
+            spin(delay * 400)
+            Bridge.call(session, "f", [key], idempotency_key: "key #{key}")
+          end)
+        end
+
+      assert [{:ok, [^key, _]}] = callers |> Task.await_many(60_000) |> Enum.uniq()
+      assert count.() == key
+    end
+  end
+
+  defp spin(0), do: :ok
+  defp spin(n), do: spin(n - 1 + 0 * :erlang.phash2(n))
+
+  test "who joins a command that ends as it does is not told of its process", %{session: session, bridge: bridge} do
+    held(session, "held")
+    :ok = Bridge.define(session, "f", "def f(ctx):\n    return ctx.call_tool('held')")
+    first = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
+    tool = held!("held")
+    pid = process_of(bridge, session)
+    :erlang.suspend_process(pid)
+    # In its mailbox: the tool's reply, which the kernel gets, and a joiner that comes before, and one that comes after it.
+    second = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
+    eventually("it has joined", fn -> match?({:message_queue_len, n} when n > 0, Process.info(pid, :message_queue_len)) end)
+    send(tool, {:return, 1})
+    :erlang.resume_process(pid)
+    third = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
+    assert Task.await_many([first, second, third], 60_000) == List.duplicate({:ok, 1}, 3)
+    refute_received {:held, _, _}
+  end
+
+  test "a command whose process fails tells its caller so; with a key it goes on where it was", %{
+    session: session,
+    bridge: bridge
+  } do
+    count = counted(session, "pay")
+    held(session, "held")
+    :ok = Bridge.define(session, "f", "def f(ctx):\n    paid = ctx.call_tool('pay')\n    return [paid, ctx.call_tool('held')]")
+    :ok = Tools.register(session, "held", Tools.fetch(session, "held") |> elem(1) |> Map.fetch!(:fun), idempotent: true)
+
+    for key <- [nil, "k"] do
+      first = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: key) end)
+      held!("held")
+      :sys.replace_state(process_of(bridge, session), &%{&1 | tools: :broken})
+      pid = process_of(bridge, session)
+      send(pid, {:tool_timeout, make_ref()})
+      assert {:error, %Error{name: :internal_error}} = Task.await(first, 60_000)
+    end
+
+    paid = count.()
+    again = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
+    send(held!("held"), {:return, "done"})
+    assert {:ok, [^paid, "done"]} = Task.await(again, 60_000)
+    assert count.() == paid
+    eventually("no place is lost", fn -> Bridge.status(bridge: bridge).running == 0 end)
+  end
+
+  test "a command with a key that is quarantined keeps what it has paid", %{session: session} do
+    %{name: bridge} = bridge(kernels: 2)
+    session = %{session | bridge: bridge}
+    count = counted(session, "pay")
+    # It ends its kernel as long as it is told to.
+    :ok = Tools.register(session, "mode", fn -> :persistent_term.get({__MODULE__, session.id}, "die") end, idempotent: true)
+
+    source = """
+    def f(ctx):
+        import os
+        paid = ctx.call_tool("pay")
+        if os.path.exists(ctx["flag"]):
+            os._exit(1)
+        return paid
+    """
+
+    flag = Path.join(System.tmp_dir!(), "flag-#{session.id}")
+    File.write!(flag, "")
+    on_exit(fn -> File.rm(flag) end)
+    {:ok, _} = SessionStore.set_variable(session, "flag", flag)
+    :ok = Bridge.define(session, "f", source)
+    assert {:error, %Error{name: :quarantined}} = Bridge.call(session, "f", [], idempotency_key: "k")
+    assert {:error, %Error{name: :quarantined}} = Bridge.call(session, "f", [], idempotency_key: "k")
+    assert count.() == 1
+
+    :ok = Bridge.release("f", bridge: bridge)
+    File.rm!(flag)
+    assert {:ok, 1} = Bridge.call(session, "f", [], idempotency_key: "k")
+    assert {:ok, 1} = Bridge.call(session, "f", [], idempotency_key: "k")
+    assert count.() == 1
+  end
+end

@@ -28,6 +28,7 @@ from bridge_host import (
     InvalidValue,
     KernelDied,
     NotFound,
+    Overloaded,
     Quarantined,
     QueueFull,
     RemoteError,
@@ -743,6 +744,22 @@ def test_an_interrupted_command_may_be_dropped(after_death: Host, tmp_path: Path
     assert "total" not in after_death.session("shop")
 
 
+def test_an_interrupted_command_that_is_to_go_on_and_gets_no_kernel_is_still_there(
+    after_death: Host, tmp_path: Path
+) -> None:
+    (interrupted,) = after_death.interrupted()
+    register(after_death.session("shop"), tmp_path, lambda: 5)
+    (doubt,) = interrupted.in_doubt
+    after_death.pool.scale(0)
+    with pytest.raises(Overloaded):
+        after_death.resume(interrupted.id, rerun=[doubt.id])
+    assert after_death.interrupted() == [interrupted]
+    after_death.pool.scale(1)
+    assert after_death.resume(interrupted.id, rerun=[doubt.id]) == 47
+    assert after_death.interrupted() == []
+    assert [amount for _, amount in effects(tmp_path)] == [21], "paid once"
+
+
 def test_to_call_again_with_the_key_of_an_interrupted_command_goes_on_with_it(tmp_path: Path) -> None:
     killed_in(tmp_path, "stuck", "order-1")
     with Host(store=tmp_path / "bridge.db") as host:
@@ -951,3 +968,34 @@ def test_a_command_that_hangs_its_kernels_again_and_again_is_held_back_for_a_whi
             session.call("os._exit", 1, retries=0)
         assert session.call("math.sqrt", 4) == 2, "the others run"
         assert host.telemetry.events("bridge", "pool", "breaker")
+
+
+def test_a_command_with_a_key_that_is_held_back_when_its_kernel_has_died_goes_on_later_where_it_was(
+    tmp_path: Path,
+) -> None:
+    """Nor does it end when it is held back once more: only its code's own answer ends it."""
+    with Host(kernels=1, breaker=Breaker(kernel_failures=1, command_failures=1, cooldown_s=0.5)) as host:
+        session = host.session()
+        session["deaths"] = str(tmp_path / "deaths")
+        paid: list[int] = []
+
+        @session.tool
+        def pay() -> int:
+            paid.append(1)
+            return len(paid)
+
+        with_die(session, "order", "def order(ctx):\n    paid = ctx.call_tool('pay')\n    die(ctx)\n    return paid\n")
+        for _ in range(2):
+            with pytest.raises(CircuitOpen):
+                session.call("order", idempotency_key="once")
+        assert [command.attempts for command in host.interrupted()] == [1]
+
+        def let_through() -> bool:
+            try:
+                return session.call("order", idempotency_key="once") == 1
+            except CircuitOpen:
+                return False
+
+        eventually(let_through, "it goes on")
+        assert paid == [1]
+        assert host.interrupted() == []

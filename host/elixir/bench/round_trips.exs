@@ -1,6 +1,6 @@
-# Times round trips from Elixir, for bench/elixir.py: JSON that says what there is to call, then a line "command-echo 100"
-# in, and the nanoseconds of each of the hundred out. A line "read 8 10000" is ten thousand reads of a variable by each of
-# eight processes, and "ets 8 10000" of a bare ETS table: the nanoseconds that all of them took.
+# Times round trips from Elixir, for bench/elixir.py: JSON that says what there is to call, then a line
+# "command-echo 100" in, and the nanoseconds of each of the hundred out. A line "read 8 10000" is ten thousand reads of
+# a variable by each of eight processes, and "ets 8 10000" of a bare ETS table: the nanoseconds that all of them took.
 defmodule Bench.RoundTrips do
   @echo """
   import json, sys

@@ -84,6 +84,7 @@ defmodule Bridge do
     cfg = %{cfg | runtime_dir: Path.join(System.tmp_dir!(), "bridge-" <> random)}
 
     case Bridge.Supervisor.start_link(cfg) do
+      {:error, {:shutdown, {:failed_to_start_child, _child, {:shutdown, %Error{} = error}}}} -> {:error, error}
       {:error, {:shutdown, {:failed_to_start_child, _child, %Error{} = error}}} -> {:error, error}
       other -> other
     end

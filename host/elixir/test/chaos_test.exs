@@ -1,7 +1,7 @@
 defmodule Bridge.ChaosTest do
-  # Kernels killed, stopped and cut off, and their processes here killed, while many sessions work. Nothing may be lost or
-  # doubled. `BRIDGE_CHAOS_SECONDS` makes it longer, `BRIDGE_CHAOS_SEED` chooses the same faults again,
-  # `BRIDGE_CHAOS_SESSIONS` is how many there are.
+  # Kernels killed, stopped and cut off, and their processes here killed, while many sessions work. Nothing may be lost
+  # or doubled. `BRIDGE_CHAOS_SECONDS` makes it longer, `BRIDGE_CHAOS_SEED` chooses the same faults again,
+  # `BRIDGE_CHAOS_SESSIONS` is how many sessions there are.
   use ExUnit.Case, async: false
 
   import Bridge.TestProcesses
@@ -50,7 +50,7 @@ defmodule Bridge.ChaosTest do
     {:ok, directory: directory}
   end
 
-  test "no write is lost and no effect doubled, whatever is killed, and nothing is left behind", %{directory: directory} do
+  test "no write is lost and no effect doubled, whatever is killed, and nothing is left", %{directory: directory} do
     seed = String.to_integer(System.get_env("BRIDGE_CHAOS_SEED", to_string(:rand.uniform(1_000_000))))
     IO.puts("BRIDGE_CHAOS_SEED=#{seed} for #{@seconds} s")
     store = Path.join(directory, "store")
@@ -258,17 +258,26 @@ defmodule Bridge.ChaosTest do
 
       {:error, %Error{name: error}} when error in @expected ->
         if error in [:circuit_open, :kernel_start_failed], do: Process.sleep(50)
+        # Nobody's fault here: it was there when kernels died. Somebody may have let it out already.
+        if error == :quarantined, do: Bridge.release("workload.#{todo.kind}", bridge: todo.run.bridge)
 
-        if todo.keyed? and error != :quarantined do
+        if todo.keyed? do
           attempt(todo, name, number)
         else
           :ets.insert(todo.run.told, {:failed, biz, todo, error})
+          drop_what_it_left(todo)
           attempt(todo, name, number + 1)
         end
 
       {:error, error} ->
         raise error
     end
+  end
+
+  # An inner command that has a key and lost its kernels could be gone on with; its step begins anew instead.
+  defp drop_what_it_left(%{run: run, session: session}) do
+    {:ok, interrupted} = Bridge.interrupted(bridge: run.bridge)
+    for %{session: ^session, id: id} <- interrupted, do: :ok = Bridge.drop(id, bridge: run.bridge)
   end
 
   defp perform(%{run: run, session: session} = todo, biz) do

@@ -1,5 +1,5 @@
 defmodule Bridge.SoakTest do
-  # Many commands, and flat memory: here, and in the kernel. `BRIDGE_SOAK` says how many (100000 takes a quarter of an hour).
+  # Many commands, and flat memory: here, and in the kernel. `BRIDGE_SOAK` says how many; 100000 take five minutes.
   use ExUnit.Case, async: false
 
   import Bridge.TestProcesses
@@ -8,8 +8,8 @@ defmodule Bridge.SoakTest do
 
   @commands String.to_integer(System.get_env("BRIDGE_SOAK", "5000"))
   @workers 8
-  # What is kept of the past, to a bound that a short run does not reach: rows of tables (the commands that have ended, the
-  # events), and bytes of a kernel's process, for the signatures that it has seen.
+  # What is kept of the past, to a bound that a short run does not reach: rows of tables (the commands that have ended,
+  # the events), and bytes of a kernel's process, for the signatures that it has seen.
   @bounds %{:bridge_store_ended => 10_000, Bridge.Telemetry => 10_000}
   @seen_bytes 25_000_000
   # What a process or a table may differ by from one moment to another.
@@ -57,6 +57,8 @@ defmodule Bridge.SoakTest do
     # What is kept to a bound is filled first, as far as there is time for it.
     warm_up = div(@commands, 3)
     work(bridge, counter, 0, warm_up)
+    # Twice: to look loads code, which has atoms.
+    held(bridge)
     before = held(bridge)
     {us, :ok} = :timer.tc(fn -> work(bridge, counter, warm_up, @commands) end)
     later = held(bridge)
@@ -76,13 +78,14 @@ defmodule Bridge.SoakTest do
       :ets.insert(table, {i, String.duplicate("x", 5_000)})
       send(hoard, {:keep, :binary.copy("x", 20_000)})
       send(hoard, {:keep, Enum.to_list(1..1_000)})
-      spawn_link(fn -> receive do: (:never -> nil) end)
+      send(hoard, :start_another)
       :ets.new(:kept, [:public, {:heir, hoard, nil}])
       nil
     end
 
     :ok = Tools.register("s", "keeps", keeps, bridge: bridge)
     work(bridge, counter, 0, 100)
+    held(bridge)
     before = held(bridge, [hoard])
     for i <- 1..200, do: {:ok, nil} = Bridge.call("s", "keeps", [i], bridge: bridge)
     found = grown(before, held(bridge, [hoard]), 200)
@@ -92,15 +95,19 @@ defmodule Bridge.SoakTest do
     end
   end
 
-  defp hoard(kept),
-    do:
-      receive(
-        do:
-          (
-            {:keep, what} -> hoard([what | kept])
-            _other -> hoard(kept)
-          )
-      )
+  defp hoard(kept) do
+    receive do
+      {:keep, what} ->
+        hoard([what | kept])
+
+      :start_another ->
+        spawn_link(fn -> receive do: (:never -> nil) end)
+        hoard(kept)
+
+      _table_of_a_tool ->
+        hoard(kept)
+    end
+  end
 
   # -- the work ------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ defmodule Bridge.Command do
                 :timer,
                 :digest,
                 begun?: false,
+                resumed?: false,
                 waiters: %{},
                 attempt: 0,
                 died: 0,
@@ -418,7 +419,7 @@ defmodule Bridge.Command do
 
   defp goes_on(state, command, replies, rerun) do
     with {:ok, entries} <- Bridge.Recovery.entries(state.cfg, command, replies, rerun) do
-      {:ok, %{state | id: command.id, journal: Journal.new(entries), attempt: command.attempt}}
+      {:ok, %{state | id: command.id, journal: Journal.new(entries), attempt: command.attempt, resumed?: true}}
     end
   end
 
@@ -582,13 +583,13 @@ defmodule Bridge.Command do
     case Pool.checked_out(state.cfg, state.ask, message, state.asked) do
       :no_reply -> {:noreply, state}
       {:ok, place} -> {:noreply, attempt(state, place)}
-      {:error, error} -> finish(%{state | asked: nil}, {:error, error}, how_refused(error))
+      {:error, error} -> finish(%{state | asked: nil}, {:error, error}, how_refused(state, error))
     end
   end
 
-  # A bridge that is being stopped has not ended its commands.
-  defp how_refused(%Error{name: :host_closed}), do: :closing
-  defp how_refused(_error), do: :ended
+  # A bridge that is being stopped has not ended its commands; nor is one at its end that has run, and gets no kernel.
+  defp how_refused(_state, %Error{name: :host_closed}), do: :closing
+  defp how_refused(state, _error), do: if(state.resumed? or state.died > 0, do: :lost, else: :ended)
 
   defp left(state, ref) do
     case Map.pop(state.waiters, ref) do
@@ -608,7 +609,9 @@ defmodule Bridge.Command do
       release(state, :cancelled)
     end
 
-    finish(%{state | place: nil, ref: nil}, Error.error(:cancelled, "nobody waits for it any more"))
+    error = Error.new(:cancelled, "nobody waits for it any more")
+    how = if state.ref, do: :ended, else: how_refused(state, error)
+    finish(%{state | place: nil, ref: nil}, {:error, error}, how)
   end
 
   defp release(%{place: nil}, _outcome), do: :ok
@@ -835,7 +838,7 @@ defmodule Bridge.Command do
 
   # -- its end ----------------------------------------------------------------------------------------------
 
-  # `how`: `:lost` with its kernels, `:closing` if the bridge is being stopped, else `:ended`.
+  # `how`: `:lost` if it has run and no kernel has it, `:closing` if the bridge is being stopped, else `:ended`.
   defp finish(state, result, how \\ :ended) do
     if state.timer, do: Process.cancel_timer(state.timer)
     end_tools(state)
@@ -856,7 +859,10 @@ defmodule Bridge.Command do
   # Who comes with the key again must not pay twice: a command that was lost, or out of time, goes on then where it was.
   defp failed(state, error, how) do
     out_of_time = error.name == :deadline_exceeded and state.terms.until != nil and now() >= state.terms.until
-    keep? = how == :closing or (state.terms.key != nil and (how == :lost or out_of_time))
+    keyed? = state.terms.key != nil
+    # What was to go on, and got no kernel, is there still.
+    lost? = how == :lost and (keyed? or state.died == 0)
+    keep? = how == :closing or lost? or (keyed? and out_of_time)
     if keep?, do: Callbacks.keep(state)
 
     with :ok <- SessionStore.end_command(state.cfg, state.id, {:error, error.name}, keep: keep?),
@@ -898,7 +904,7 @@ defmodule Bridge.Command do
 
   # -- telling --------------------------------------------------------------------------------------------------
 
-  defp measured(state), do: %{duration: System.monotonic_time() - state.began, attempts: max(state.attempt, 1)}
+  defp measured(state), do: %{duration: System.monotonic_time() - state.began, attempts: state.attempt}
 
   defp said(state) do
     Map.merge(Trace.metadata(state.trace), %{

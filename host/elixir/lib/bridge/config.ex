@@ -4,6 +4,8 @@ defmodule Bridge.Config do
 
   alias Bridge.Error
 
+  # Its environment is where a kernel's API keys are.
+  @derive {Inspect, except: [:env]}
   @enforce_keys [:name]
   defstruct [
     :name,
@@ -145,7 +147,7 @@ defmodule Bridge.Config do
   defp env(env) do
     if is_map(env) or is_list(env),
       do: Map.new(env, fn {name, value} -> {to_string(name), value && to_string(value)} end),
-      else: wrong("env: is a map of strings, not #{inspect(env)}")
+      else: wrong("env: is a map of strings")
   end
 
   @doc "The options of a bridge that is running."

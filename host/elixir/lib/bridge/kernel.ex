@@ -197,7 +197,10 @@ defmodule Bridge.Kernel do
 
   defp shaken(state, message, what, until) do
     case hear(state, message) do
-      {:ok, state, events} ->
+      {:ok, state, messages} ->
+        {events, conn} = Enum.map_reduce(messages, state.conn, fn frames, conn -> swap(Conn.receive(conn, frames)) end)
+        state = %{state | conn: conn}
+
         case Enum.find_value(events, &handshake(&1, what)) do
           nil -> shake_hands(state, what, until)
           {:ok, %{} = attached} -> attached(state, attached)
@@ -367,10 +370,10 @@ defmodule Bridge.Kernel do
 
   defp heard(state, message) do
     case hear(state, message) do
-      {:ok, state, events} ->
-        state = Enum.reduce(events, state, &on_event/2)
+      {:ok, state, messages} ->
+        {closed?, state} = Enum.reduce(messages, {false, state}, &take/2)
         # The kernel has closed its comm: what it said with that counts still.
-        if :closed in events, do: cut_off(state, "closed the connection"), else: {:noreply, state}
+        if closed?, do: cut_off(state, "closed the connection"), else: {:noreply, state}
 
       {:lost, state, reason} ->
         cut_off(state, "lost its connection (#{inspect(reason)})")
@@ -378,6 +381,12 @@ defmodule Bridge.Kernel do
       :unknown ->
         {:noreply, state}
     end
+  end
+
+  # One after the other: what a command said before its answer is told to it while it is still known.
+  defp take(frames, {closed?, state}) do
+    {conn, event} = Conn.receive(state.conn, frames)
+    {closed? or event == :closed, on_event(event, %{state | conn: conn})}
   end
 
   defp hear(state, message) do
@@ -392,8 +401,7 @@ defmodule Bridge.Kernel do
 
   # Everything that a kernel says to us it says on iopub.
   defp listen(state, :iopub, messages) do
-    {events, conn} = Enum.map_reduce(messages, state.conn, fn frames, conn -> swap(Conn.receive(conn, frames)) end)
-    {:ok, %{state | conn: conn, heard: System.monotonic_time()}, events}
+    {:ok, %{state | heard: System.monotonic_time()}, messages}
   end
 
   defp listen(state, _channel, _messages), do: {:ok, state, []}

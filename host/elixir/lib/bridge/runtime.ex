@@ -14,7 +14,7 @@ defmodule Bridge.Runtime do
   def init(cfg) do
     Process.flag(:trap_exit, true)
 
-    with :ok <- File.mkdir_p(cfg.runtime_dir), :ok <- File.chmod(cfg.runtime_dir, 0o700) do
+    with :ok <- File.mkdir(cfg.runtime_dir), :ok <- File.chmod(cfg.runtime_dir, 0o700) do
       Config.put(cfg)
       {:ok, cfg}
     else

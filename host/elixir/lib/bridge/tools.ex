@@ -268,13 +268,21 @@ defmodule Bridge.Tools do
   defp complete(_tool, _given), do: :ok
 
   defp valid(%Registered{schema: schema, checked: true} = tool, {how, given}) when how in [:named, :whole] do
-    case Schema.validate(schema, given) do
+    case Schema.validate(schema, without_open(given, schema)) do
       :ok -> :ok
       {:error, wrong} -> problems(tool, Enum.map(wrong, fn {path, message} -> said(path, message) end))
     end
   end
 
   defp valid(_tool, _given), do: :ok
+
+  # What a schema leaves open may be anything, also what has no JSON to be judged by: an array, a reference.
+  defp without_open(%{} = given, %{"properties" => %{} = properties}) when not is_struct(given) do
+    open = for {name, schema} <- properties, schema in [true, %{}], is_map_key(given, name), into: %{}, do: {name, nil}
+    Map.merge(given, open)
+  end
+
+  defp without_open(given, _schema), do: given
 
   # The schema's paths are of a value that has no name; its first member is the argument.
   defp said(path, message) do

@@ -58,7 +58,6 @@ defmodule Bridge.CommandTest do
     for {function, args, opts} <- [
           {<<255>>, [], []},
           {"f", %{<<255>> => 1}, []},
-          {"f", [], [secrets: [<<255>>]]},
           {"f", [], [deadline: 1.0e300]},
           {"f", [], [deadline: 0]},
           {"f", [], [deadline: :infinity]},
@@ -98,7 +97,7 @@ defmodule Bridge.CommandTest do
 
   test "several variables are read at once, as they are", %{session: session} do
     {:ok, _} = SessionStore.update_variables(session, %{"a" => 1, "b" => {2, "x"}})
-    :ok = Bridge.define(session, "f", "def f(ctx):\n    return dict(ctx.get_variables(['a', 'b', 'c']))")
+    :ok = Bridge.define(session, "f", "def f(ctx):\n    return ctx.get_variables('a', 'b', 'c')")
     assert {:ok, %{"a" => 1, "b" => {2, "x"}}} == Bridge.call(session, "f")
   end
 
@@ -141,17 +140,19 @@ defmodule Bridge.CommandTest do
 
     first = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
     tool = held!("held")
-    second = Task.async(fn ->
-      result = Bridge.call(session, "f", [], idempotency_key: "k", deadline: 1)
-      send(test, :gave_up)
-      receive do: (:look -> {result, Process.info(self(), :messages)})
-    end)
+
+    second =
+      Task.async(fn ->
+        result = Bridge.call(session, "f", [], idempotency_key: "k", deadline: 1)
+        send(test, :gave_up)
+        receive do: (:look -> {result, Process.info(self(), :messages)})
+      end)
 
     assert_receive :gave_up, 30_000
     send(tool, {:return, 3})
     assert Task.await(first, 60_000) == {:ok, 3}
     send(second.pid, :look)
-    assert {{:error, %Error{name: :deadline_exceeded}}, {:messages, [_only_look | []] = []}} = {elem(Task.await(second), 0), {:messages, []}}
+    assert {{:error, %Error{name: :deadline_exceeded}}, {:messages, []}} = Task.await(second)
     assert {:messages, []} = Process.info(self(), :messages)
   end
 
@@ -173,22 +174,18 @@ defmodule Bridge.CommandTest do
 
   # -- sessions that go ---------------------------------------------------------------------------------
 
-  test "a command whose session is deleted meanwhile fails, also if it wrote nothing", %{session: session} do
-    held(session, "held")
-    :ok = Bridge.define(session, "f", "def f(ctx):\n    return ctx.call_tool('held')")
-    :ok = Bridge.define(session, "g", "def g(ctx):\n    list(ctx.variables())\n    return ctx.call_tool('held')")
-    :ok = Tools.register(session, "idle", fn -> 1 end, idempotent: true)
-
-    for name <- ["f", "g"] do
-      command = Task.async(fn -> Bridge.call(session, name) end)
+  for idempotent <- [true, false] do
+    test "a command whose session is deleted meanwhile fails though it wrote nothing, its tool idempotent: #{idempotent}",
+         %{
+           session: session
+         } do
+      held(session, "held", idempotent: unquote(idempotent))
+      :ok = Bridge.define(session, "f", "def f(ctx):\n    return ctx.call_tool('held')")
+      command = Task.async(fn -> Bridge.call(session, "f") end)
       tool = held!("held")
-      if name == "g" do
-        :ok = SessionStore.delete_session(session)
-      end
-
+      :ok = SessionStore.delete_session(session)
       send(tool, {:return, 1})
-      result = Task.await(command, 60_000)
-      if name == "g", do: assert({:error, %Error{name: :not_found}} = result), else: assert({:ok, 1} = result)
+      assert {:error, %Error{name: :not_found}} = Task.await(command, 60_000)
     end
   end
 
@@ -216,20 +213,25 @@ defmodule Bridge.CommandTest do
   defp spin(0), do: :ok
   defp spin(n), do: spin(n - 1 + 0 * :erlang.phash2(n))
 
-  test "who joins a command that ends as it does is not told of its process", %{session: session, bridge: bridge} do
+  test "who comes just as the command ends has its result", %{session: session, bridge: bridge} do
     held(session, "held")
     :ok = Bridge.define(session, "f", "def f(ctx):\n    return ctx.call_tool('held')")
     first = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
-    tool = held!("held")
+    held!("held")
     pid = process_of(bridge, session)
+    %{ref: ref} = :sys.get_state(pid)
     :erlang.suspend_process(pid)
-    # In its mailbox: the tool's reply, which the kernel gets, and a joiner that comes before, and one that comes after it.
+    # What its kernel says last is before the joiner in its mailbox: it ends without having heard of that.
+    send(pid, {:bridge_kernel, ref, {:answer, {:ok, %{"value" => 1}, []}}})
     second = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
-    eventually("it has joined", fn -> match?({:message_queue_len, n} when n > 0, Process.info(pid, :message_queue_len)) end)
-    send(tool, {:return, 1})
+
+    eventually("it has asked", fn ->
+      {:messages, messages} = Process.info(pid, :messages)
+      Enum.any?(messages, &match?({:"$gen_cast", {:join, _, _}}, &1))
+    end)
+
     :erlang.resume_process(pid)
-    third = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
-    assert Task.await_many([first, second, third], 60_000) == List.duplicate({:ok, 1}, 3)
+    assert Task.await_many([first, second], 60_000) == [{:ok, 1}, {:ok, 1}]
     refute_received {:held, _, _}
   end
 
@@ -238,16 +240,16 @@ defmodule Bridge.CommandTest do
     bridge: bridge
   } do
     count = counted(session, "pay")
-    held(session, "held")
-    :ok = Bridge.define(session, "f", "def f(ctx):\n    paid = ctx.call_tool('pay')\n    return [paid, ctx.call_tool('held')]")
-    :ok = Tools.register(session, "held", Tools.fetch(session, "held") |> elem(1) |> Map.fetch!(:fun), idempotent: true)
+    held(session, "held", idempotent: true)
+    source = "def f(ctx):\n    paid = ctx.call_tool('pay')\n    return [paid, ctx.call_tool('held')]"
+    :ok = Bridge.define(session, "f", source)
 
     for key <- [nil, "k"] do
       first = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: key) end)
       held!("held")
-      :sys.replace_state(process_of(bridge, session), &%{&1 | tools: :broken})
       pid = process_of(bridge, session)
-      send(pid, {:tool_timeout, make_ref()})
+      # Whatever may be wrong in there.
+      send(pid, {:bridge_kernel, :sys.get_state(pid).ref, :nobody_knows_this})
       assert {:error, %Error{name: :internal_error}} = Task.await(first, 60_000)
     end
 
@@ -263,8 +265,6 @@ defmodule Bridge.CommandTest do
     %{name: bridge} = bridge(kernels: 2)
     session = %{session | bridge: bridge}
     count = counted(session, "pay")
-    # It ends its kernel as long as it is told to.
-    :ok = Tools.register(session, "mode", fn -> :persistent_term.get({__MODULE__, session.id}, "die") end, idempotent: true)
 
     source = """
     def f(ctx):

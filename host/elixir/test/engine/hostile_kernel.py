@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import uuid
+from typing import Any
 
 import zmq
 
@@ -25,22 +26,29 @@ iopub = sockets["iopub"]
 comm = ""
 
 
-def send(kind, content, parent=None, topic=""):
-    header = {"msg_id": uuid.uuid4().hex, "msg_type": kind, "session": "h", "username": "", "date": "", "version": "5.4"}
+def send(kind: str, content: dict[str, Any], parent: dict[str, Any] | None = None, topic: str = "") -> None:
+    header = {
+        "msg_id": uuid.uuid4().hex,
+        "msg_type": kind,
+        "session": "h",
+        "username": "",
+        "date": "",
+        "version": "5.4",
+    }
     frames = [json.dumps(part).encode() for part in (header, parent or {}, {}, content)]
     signature = hmac.new(connection["key"].encode(), b"".join(frames), hashlib.sha256).hexdigest().encode()
     iopub.send_multipart([f"comm-{comm}{topic}".encode(), b"<IDS|MSG>", signature, *frames])
 
 
-def say(**data):
+def say(**data: Any) -> None:
     send("comm_msg", {"comm_id": comm, "data": {"jsonrpc": "2.0", **data}})
 
 
-def chunk(id, seq, **more):
-    say(method="command.chunk", params={"command": id, "seq": seq, **more})
+def chunk(command: str, seq: int, **more: Any) -> None:
+    say(method="command.chunk", params={"command": command, "seq": seq, **more})
 
 
-def obey(id, what, params, parent):
+def obey(id: str, what: str, params: dict[str, Any], parent: dict[str, Any]) -> None:
     match what:
         case "good":
             say(id=id, result={"value": 1})
@@ -76,15 +84,19 @@ def obey(id, what, params, parent):
             chunk(id, 0, value=0)
             chunk(id, 10**30, value=1)
         case "odd_callbacks":
-            for n, params in enumerate(([1], {}, {"command": id, "names": 7}, {"command": {}}, {"command": id, "seq": -1})):
-                say(id=n, method="session.get_many" if n % 2 else "no.such", params=params)
+            for n, odd in enumerate(
+                ([1], {}, {"command": id, "names": 7}, {"command": {}}, {"command": id, "seq": -1})
+            ):
+                say(id=n, method="session.get_many" if n % 2 else "no.such", params=odd)
                 waiting[n] = id
         case "noise":
             digits = {"msg_id": parent["msg_id"].rpartition("_")[0] + "_" + "9" * 200_000}
             send("stream", {"name": "stdout", "text": "x"}, digits, ".stream")
             send("stream", {"name": 1, "text": []}, parent, ".stream")
             send("display_data", {"data": {"text/plain": 1}, "transient": "x"}, parent, ".display_data")
-            send("display_data", {"data": {"text/plain": ["a"]}, "transient": {"display_id": 3}}, parent, ".display_data")
+            send(
+                "display_data", {"data": {"text/plain": ["a"]}, "transient": {"display_id": 3}}, parent, ".display_data"
+            )
             send("display_data", {"data": {"application/vnd.bridge.telemetry.v1+json": 5}}, parent, ".display_data")
             say(method="command.progress", params=7)
             say(method="no.such", params={"command": id})

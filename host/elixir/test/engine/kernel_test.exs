@@ -6,7 +6,12 @@ defmodule Bridge.KernelTest do
 
   alias Bridge.{Error, Kernels, Telemetry}
 
-  @moduletag :tmp_dir
+  setup do
+    directory = Path.join(System.tmp_dir!(), "hostile-#{System.pid()}-#{System.unique_integer([:positive])}")
+    File.mkdir_p!(directory)
+    on_exit(fn -> File.rm_rf!(directory) end)
+    {:ok, tmp_dir: directory}
+  end
 
   # In place of Python: what is started instead of a kernel.
   defp hostile(directory) do

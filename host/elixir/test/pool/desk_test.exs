@@ -284,6 +284,17 @@ defmodule Bridge.Pool.DeskTest do
     assert leases == %{}
   end
 
+  test "what tools of running commands send gets its place in a closed desk too: these would never end" do
+    desk = new(concurrency: 1) |> with_kernels(["a"]) |> fill([1])
+    {desk, _effects} = Desk.report(desk, "a", %{unresponsive: true}, 0)
+    {desk, []} = checkout(desk, 2, %{nested: true})
+    {desk, []} = Desk.close(desk)
+    {desk, []} = checkout(desk, 3, %{nested: true})
+    {desk, effects} = Desk.report(desk, "a", %{unresponsive: false}, 0)
+    assert [2, 3] = for({:grant, ref, _grant} <- effects, do: ref)
+    assert {_, [{:fail, 4, %{name: :host_closed}, nil}]} = checkout(desk, 4)
+  end
+
   # Anything may happen in any order: counts must stay right, and nobody waits who could be served.
   test "whatever happens, places are never oversold, nobody is forgotten, and nobody waits for nothing" do
     for seed <- 1..80 do

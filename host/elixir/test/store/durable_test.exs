@@ -264,6 +264,40 @@ defmodule Bridge.Store.DurableTest do
       assert {:ok, 100} = SessionStore.get_variable("demo", "n", on(again))
     end
 
+    test "a log whose next was made, and not begun, is gone on with; a torn end that was passed is refused", context do
+      %{store: store} = context
+      cfg = start(store)
+      for n <- 1..3, do: set(cfg, "n", n)
+      path = Path.join(store, "log.1")
+      whole = File.read!(path)
+      :ok = TestStores.stop(cfg)
+      next = IO.iodata_to_binary(Log.frame({:next, 2}, byte_size(whole)))
+      header = Log.header(:log, 2)
+
+      # Every moment of the way from one log to the next.
+      for bytes <- 0..(byte_size(next) - 1) do
+        File.write!(path, [whole, binary_part(next, 0, bytes)])
+        File.write!(Path.join(store, "log.2"), header)
+        tables = Tables.new()
+        assert {:ok, %{generation: 1, leftovers: [unused]}} = Snapshot.recover(store, tables)
+        assert {Path.basename(unused), values(tables, ["n"])} == {"log.2", [3]}
+        Tables.delete(tables)
+
+        File.write!(Path.join(store, "log.2"), [header, Log.frame([], 0)])
+        assert {:error, %{name: :store_damaged}} = Snapshot.recover(store, Tables.new())
+      end
+
+      File.write!(Path.join(store, "log.2"), header)
+      capture_log(fn -> :ok = write_another(store) end)
+      assert Enum.sort(File.ls!(store)) == ["log.1"]
+
+      File.write!(path, [whole, next])
+      assert {:error, %{name: :store_damaged, message: message}} = Snapshot.recover(store, Tables.new())
+      assert message =~ "log.2: it is missing"
+      File.write!(Path.join(store, "log.2"), header)
+      assert {:ok, %{generation: 2, cut: nil}} = Snapshot.recover(store, Tables.new())
+    end
+
     test "a newer format is refused", %{store: store} do
       cfg = start(store)
       set(cfg, "n", 1)

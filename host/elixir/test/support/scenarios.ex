@@ -448,14 +448,11 @@ defmodule Bridge.TestScenarios do
 
     schema = %{
       "type" => "object",
-      "properties" => Map.new(taken, fn {name, type} -> {name, %{"type" => type}} end),
+      "properties" =>
+        Map.new(taken, fn {name, type} -> {name, if(type == "any", do: %{}, else: %{"type" => type})} end),
       "required" => names,
       "additionalProperties" => false
     }
-
-    # Here a schema is for values that are JSON. Who takes any value names the parameters, and gives none: kernels are told
-    # the same.
-    schema = if Enum.any?(taken, &match?({_name, "any"}, &1)), do: nil, else: schema
 
     # The life as it is now: what is started later is no tool's to know.
     fun = tool(length(names), &act(life, name, Map.new(Enum.zip(names, &1)), Map.get(step, "does", [])))

@@ -231,8 +231,10 @@ class Engine:
         if self.closing or isinstance(error, HostClosed | StoreFailed) or running.session.deleted or running.committed:
             return 0
         out_of_time = isinstance(error, DeadlineExceeded) and running.remaining_ms() == 0
-        if running.begun.key is not None and (running.lost or out_of_time):
-            # Whoever comes with the key again must not pay twice: the command goes on then where it was.
+        keyed, tried = running.begun.key is not None, running.client is not None
+        if (running.lost and (keyed or not tried)) or (keyed and out_of_time):
+            # Whoever comes with the key again must not pay twice: the command goes on then where it was. So does one
+            # that was to go on, and did not get a kernel.
             self.recovery.suspend(running)
             return 0
         name = "bridge.Cancelled" if isinstance(error, asyncio.CancelledError) else type_of(error)
@@ -245,9 +247,10 @@ class Engine:
         resend, died = False, 0
         avoid: frozenset[str] = frozenset()
         while True:
-            running.attempt += 1
             lease = await self._acquire(running, alone=died >= SHARED_ATTEMPTS, avoid=avoid)
             client = lease.client
+            running.attempt += 1
+            running.lost = False
             with_source = source_hash is not None and (resend or source_hash not in client.sources)
             options = self.telemetry.options(running.session.capture)
             trace = running.trace.traceparent
@@ -289,7 +292,7 @@ class Engine:
 
     def _check_may_run_again(self, running: Running, exc: KernelDied, died: int, retries: int) -> None:
         """Raise if this was the last attempt."""
-        running.lost = True  # unless there is another attempt
+        running.lost = True
         if died > SHARED_ATTEMPTS:
             raise self.quarantine.add(
                 running.prepared.digest(), running.subject, running.session.id, died, exc.message
@@ -300,7 +303,6 @@ class Engine:
             raise KernelDied(
                 f"{exc.message}; the command called back too often to be repeated", remedy="Split it into several."
             ) from exc
-        running.lost = False
         self._teller.again(running)
 
     async def _commit(self, running: Running, reply: Reply) -> Reply:

@@ -117,7 +117,7 @@ class Recovery:
         return found
 
     def suspend(self, running: Running) -> None:
-        """Keep a command that lost its kernels, and that has a key to come back with: as if its host had died."""
+        """Keep a command that no kernel has any more, and that somebody may come back for: as if its host had died."""
         unfinished = Unfinished(running.begun)
         unfinished.attempt = running.attempt
         callbacks = self._engine.callbacks
@@ -173,7 +173,7 @@ class Recovery:
         entries = self._entries(unfinished, replies, rerun)
         prepared = prepare(request, session, self._store.vault)
         running = self._engine.begin(session, prepared, terms, begun=begun, journal=Journal(entries))
-        running.attempt = unfinished.attempt
+        running.attempt, running.lost = unfinished.attempt, True
         self._resuming.add(begun.id)
         try:
             return await self._engine.finish(running, terms.retries)

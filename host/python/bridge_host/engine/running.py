@@ -109,7 +109,7 @@ class Running:
         self.changed = False  # whether its answer changed an instance
         self.result_key: bytes | None = None  # what its result is to be kept under
         self.tools: dict[str, Tool] | None = None  # the session's when it began, if that counts
-        self.lost = False  # whether its last kernel was lost: what its code raised is another matter
+        self.lost = False  # whether it has run, and no kernel has it: what its code raised is another matter
         self.unheard = False  # whether its kernel did not even say that the deadline had passed
         self.client: KernelClient | None = None
         self.request_id = 0  # what the kernel of this attempt knows it by

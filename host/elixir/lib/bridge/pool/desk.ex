@@ -202,20 +202,19 @@ defmodule Bridge.Pool.Desk do
   @spec set_hopeless(t(), Error.t() | nil) :: {t(), [effect()]}
   def set_hopeless(desk, error), do: %{desk | hopeless: error} |> despair() |> done()
 
-  @doc "No command gets a kernel any more; those that wait are told so."
+  @doc "No command gets a kernel any more, but those that tools of running ones send; those that wait are told so."
   @spec close(t()) :: {t(), [effect()]}
-  def close(desk), do: %{desk | closed: true} |> fail_waiting(Error.new(:host_closed)) |> done()
+  def close(desk), do: %{desk | closed: true} |> fail_waiting(Error.new(:host_closed), [:queue, :alone]) |> done()
 
   # -- places ---------------------------------------------------------------------------
 
   @doc "A command asks for a place: a grant or an error follows, at once or later, unless it is withdrawn."
   @spec checkout(t(), ref(), ask(), integer()) :: {t(), [effect()]}
-  def checkout(%{closed: true} = desk, ref, _ask, _now), do: desk |> fail(ref, Error.new(:host_closed)) |> done()
-
   def checkout(desk, ref, ask, now) do
     ask = Map.merge(%{exclude: [], alone: false, nested: false}, ask)
 
-    with :ok <- Breaker.check(desk.breaker, ask.subject, now),
+    with :ok <- open_to(desk, ask),
+         :ok <- Breaker.check(desk.breaker, ask.subject, now),
          :none <- take(desk, ref, ask, now) do
       case hopeless(desk) do
         nil -> join_queue(desk, ref, ask, now)
@@ -227,6 +226,9 @@ defmodule Bridge.Pool.Desk do
     end
     |> done()
   end
+
+  defp open_to(%{closed: true}, %{nested: false}), do: Error.error(:host_closed)
+  defp open_to(_desk, _ask), do: :ok
 
   @doc "The command is not wanted any more: it leaves the line, or gives back its place. Does nothing if it has ended."
   @spec withdraw(t(), ref(), integer()) :: {t(), [effect()]}
@@ -560,8 +562,10 @@ defmodule Bridge.Pool.Desk do
     end
   end
 
-  defp fail_waiting(desk, error) do
-    Enum.reduce(desk.waiters, desk, fn {ref, waiter}, desk -> desk |> remove_waiter(ref, waiter) |> fail(ref, error) end)
+  defp fail_waiting(desk, error, lines \\ [:queue, :alone, :nested]) do
+    for {ref, waiter} <- desk.waiters, waiter.line in lines, reduce: desk do
+      desk -> desk |> remove_waiter(ref, waiter) |> fail(ref, error)
+    end
   end
 
   defp fail(desk, ref, error), do: effect(desk, {:fail, ref, error, nil})

@@ -79,7 +79,7 @@ defmodule Bridge.Store.Disk do
     end
   end
 
-  @doc "Hands on a batch. The waiter, `{from, reply}`, is answered when it is on disk, or with why it cannot be."
+  @doc "Hands on a batch. The waiter, `{from, reply}`, is answered when it is on disk, with an error if it cannot be put there."
   @spec append(t() | nil, [Tables.fact()], {GenServer.from(), term()} | nil) :: :ok
   def append(disk, facts, waiter \\ nil)
   def append(nil, _facts, _waiter), do: :ok
@@ -145,9 +145,9 @@ defmodule Bridge.Store.Disk do
      }}
   end
 
-  @impl true
-  # The batches that wait are other people's values.
-  def format_status(_reason, [_dictionary, state]), do: [data: [{'State', {__MODULE__, state.directory}}]]
+  # A crash report says nothing of what is in here: there are other people's values.
+  @impl {:format_status, 1} in GenServer.behaviour_info(:callbacks)
+  def format_status(status), do: Bridge.Private.status(status, __MODULE__)
 
   @impl true
   def handle_call({:open, directory, lock, found}, _from, state) do
@@ -301,9 +301,12 @@ defmodule Bridge.Store.Disk do
     generation = state.generation + 1
     path = Snapshot.log_path(state.directory, generation)
 
+    # The old one says that there is a next when there is, and nothing is in that before it is said.
     with :ok <- :file.datasync(state.file),
          :ok <- Files.write(path, Log.header(:log, generation)),
-         {:ok, file} <- :file.open(path, [:append, :raw, :binary]) do
+         {:ok, file} <- :file.open(path, [:append, :raw, :binary]),
+         :ok <- :file.write(state.file, Log.frame({:next, generation}, state.size)),
+         :ok <- :file.datasync(state.file) do
       _ = :file.close(state.file)
       %{directory: directory, versions: versions} = state
       compactor = spawn_monitor(fn -> exit({:snapshot, Snapshot.make!(directory, generation, versions)}) end)

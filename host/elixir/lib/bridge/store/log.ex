@@ -14,6 +14,7 @@ defmodule Bridge.Store.Log do
   @frame_magic "BrgF"
   @frame_bytes 4 + 8 + 4 + 8
   @read_ahead 1024 * 1024
+  @new_atoms 10_000
 
   @type kind :: :log | :snapshot
 
@@ -40,8 +41,8 @@ defmodule Bridge.Store.Log do
   defp crc(size, synced, payload), do: :erlang.crc32(:erlang.crc32(<<size::64, synced::64>>), payload)
 
   @doc """
-  Every frame's term, in order, and where the sound part ends: `:whole`, or `{:torn, bytes}`, after which there is but
-  what a cut write may leave. What was whole once and is not any more is an error that says where.
+  Every frame's term, in order, and where the sound part ends: `:whole`, or `{:torn, bytes}`, after which there is but what
+  a cut write may leave. What was whole once and is not any more is an error that says where.
   """
   @spec fold(Path.t(), kind(), pos_integer(), acc, (term(), acc -> acc)) ::
           {:ok, acc, :whole | {:torn, non_neg_integer()}} | {:error, String.t()}
@@ -97,8 +98,10 @@ defmodule Bridge.Store.Log do
   defp frames(file, at, size, acc, fun) do
     case read_frame(file, size - at) do
       {:ok, payload, _synced} ->
-        # The file is this host's own, and nobody else can write it: an atom that is not known yet is one of its code's.
-        frames(file, at + @frame_bytes + byte_size(payload), size, fun.(:erlang.binary_to_term(payload), acc), fun)
+        case term(payload) do
+          {:ok, term} -> frames(file, at + @frame_bytes + byte_size(payload), size, fun.(term, acc), fun)
+          :error -> {:error, "what is at byte #{at} was not written by Bridge"}
+        end
 
       :bad ->
         if sound_later?(file, at, size) do
@@ -107,6 +110,19 @@ defmodule Bridge.Store.Log do
           {:ok, acc, {:torn, at}}
         end
     end
+  end
+
+  # A compressed term, which Bridge never writes, may be a thousand times larger than it looks.
+  defp term(<<131, 80, _compressed::binary>>), do: :error
+
+  # An atom that is not known yet is one of this host's code: it is not loaded. A file of somebody else's could fill the
+  # table of atoms, which ends the BEAM.
+  defp term(payload) do
+    before = :erlang.system_info(:atom_count)
+    term = :erlang.binary_to_term(payload)
+    if :erlang.system_info(:atom_count) - before > @new_atoms, do: :error, else: {:ok, term}
+  rescue
+    ArgumentError -> :error
   end
 
   defp read_frame(file, left) do

@@ -116,9 +116,9 @@ defmodule Bridge.Store.Owner do
     Disk.close(state.disk)
   end
 
-  # A crash report holds no state: there are other people's values in it.
-  @impl true
-  def format_status(_reason, [_dictionary, state]), do: [data: [{'State', {__MODULE__, state.cfg.name}}]]
+  # A crash report says nothing of what is in here: there are other people's values.
+  @impl {:format_status, 1} in GenServer.behaviour_info(:callbacks)
+  def format_status(status), do: Bridge.Private.status(status, __MODULE__)
 
   # -- requests --------------------------------------------------------------------------------------------------------
 

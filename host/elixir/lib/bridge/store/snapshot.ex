@@ -28,10 +28,10 @@ defmodule Bridge.Store.Snapshot do
     with {:ok, files} <- listed(directory),
          {:ok, plan} <- plan(directory, files),
          :ok <- load_snapshot(directory, plan.snapshot, tables),
-         {:ok, cut} <- load_logs(directory, plan.logs, tables) do
+         {:ok, generation, cut} <- load_logs(directory, plan.logs, tables) do
       bytes = if plan.snapshot, do: File.stat!(snapshot_path(directory, plan.snapshot)).size, else: 0
-      generation = List.last(plan.logs) || 1
-      {:ok, %{generation: generation, cut: cut, snapshot_bytes: bytes, leftovers: plan.leftovers}}
+      unused = for log <- plan.logs, log > generation, do: log_path(directory, log)
+      {:ok, %{generation: generation, cut: cut, snapshot_bytes: bytes, leftovers: plan.leftovers ++ unused}}
     end
   end
 
@@ -101,19 +101,40 @@ defmodule Bridge.Store.Snapshot do
     end
   end
 
-  defp load_logs(_directory, [], _tables), do: {:ok, :new}
+  # Which log is the last, and where its sound part ends. A log that has a successor says so at its end (`{:next, n}`),
+  # so that one that is missing is missed.
+  defp load_logs(_directory, [], _tables), do: {:ok, 1, :new}
 
   defp load_logs(directory, [generation | later], tables) do
     path = log_path(directory, generation)
-    load = fn facts, :ok -> Tables.apply(tables, facts) end
+    next = generation + 1
 
-    case {Log.fold(path, :log, generation, :ok, load), later} do
-      {{:ok, :ok, :whole}, []} -> {:ok, nil}
-      {{:ok, :ok, {:torn, at}}, []} -> {:ok, at}
-      {{:ok, :ok, :whole}, later} -> load_logs(directory, later, tables)
-      # The next was begun when all of this one was on disk.
-      {{:ok, :ok, {:torn, at}}, _later} -> damaged(path, "it is damaged at byte #{at}")
+    case {load_log(directory, generation, tables), later} do
       {{:error, reason}, _later} -> damaged(path, reason)
+      {{:ok, {:next, ^next}, :whole}, []} -> damaged(log_path(directory, next), "it is missing")
+      {{:ok, {:next, ^next}, :whole}, later} -> load_logs(directory, later, tables)
+      {{:ok, :last, :whole}, []} -> {:ok, generation, nil}
+      {{:ok, :last, {:torn, at}}, []} -> {:ok, generation, at}
+      {{:ok, :last, ending}, [^next]} -> not_begun(directory, generation, ending)
+      {_other, _later} -> damaged(path, "its end is missing")
+    end
+  end
+
+  defp load_log(directory, generation, tables) do
+    Log.fold(log_path(directory, generation), :log, generation, :last, fn
+      {:next, n}, :last -> {:next, n}
+      facts, :last -> Tables.apply(tables, facts) && :last
+    end)
+  end
+
+  # The host died between making the next log and saying so in this one: nothing can be in that yet.
+  defp not_begun(directory, generation, ending) do
+    path = log_path(directory, generation + 1)
+
+    case Log.fold(path, :log, generation + 1, 0, fn _term, count -> count + 1 end) do
+      {:ok, 0, :whole} -> {:ok, generation, with({:torn, at} <- ending, do: at, else: (:whole -> nil))}
+      {:ok, _some, _ending} -> damaged(log_path(directory, generation), "its end is missing")
+      {:error, reason} -> damaged(path, reason)
     end
   end
 
@@ -124,17 +145,22 @@ defmodule Bridge.Store.Snapshot do
   def make!(directory, generation, versions) do
     tables = Tables.new(versions: versions)
     {:ok, files} = File.ls(directory)
-    files = Enum.reject(files, &(&1 in ["log.#{generation}"]))
     {:ok, plan} = plan(directory, files)
     :ok = load_snapshot(directory, plan.snapshot, tables)
-    {:ok, nil} = load_logs(directory, plan.logs, tables)
+    # The log of that number is being written: nothing is read of it.
+    done = Enum.reject(plan.logs, &(&1 == generation))
+    :ok = load_done(directory, done, tables)
 
     path = snapshot_path(directory, generation)
     :ok = write(path, generation, tables)
     Tables.delete(tables)
-    for log <- plan.logs, do: File.rm!(log_path(directory, log))
+    for log <- done, do: File.rm!(log_path(directory, log))
     if plan.snapshot, do: File.rm!(snapshot_path(directory, plan.snapshot))
     File.stat!(path).size
+  end
+
+  defp load_done(directory, logs, tables) do
+    Enum.each(logs, fn log -> {:ok, {:next, _n}, :whole} = load_log(directory, log, tables) end)
   end
 
   defp write(path, generation, tables) do

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import numpy
 import psutil
 import pytest
@@ -789,6 +790,30 @@ def test_a_host_that_is_closed_while_a_command_runs_lists_it_when_it_is_opened_a
         assert [command.subject for command in host.interrupted()] == ["f"]
 
 
+def test_of_a_command_that_has_secrets_no_argument_of_a_call_in_doubt_is_shown(tmp_path: Path) -> None:
+    entered = threading.Event()
+    host = Host(store=tmp_path / "bridge.db")
+    session = host.session("s")
+    session.secrets["TOKEN"] = "sk-planted"
+
+    @session.tool
+    async def pay(token: str) -> None:
+        entered.set()
+        await anyio.sleep_forever()
+
+    session.function("f", "def f(ctx):\n    ctx.call_tool('pay', token=ctx.secret('TOKEN'))\n", secrets=["TOKEN"])
+    session.submit("f")
+    assert entered.wait(30)
+    host.close()
+    with Host(kernels=0, store=tmp_path / "bridge.db") as host:
+        (interrupted,) = host.interrupted()
+        assert [doubt.call for doubt in interrupted.in_doubt] == ["tool pay(…)"]
+        with pytest.raises(EffectInDoubt) as caught:
+            host.resume(interrupted.id)
+        assert "tool pay(…)" in str(caught.value)
+        assert "planted" not in str(caught.value)
+
+
 async def _nested(directory: Path) -> Any:
     async with AsyncHost(store=directory / "bridge.db") as host:
         session = host.session("s")
@@ -992,7 +1017,7 @@ def test_a_command_with_a_key_that_is_held_back_when_its_kernel_has_died_goes_on
 
         def let_through() -> bool:
             try:
-                return session.call("order", idempotency_key="once") == 1
+                return bool(session.call("order", idempotency_key="once") == 1)
             except CircuitOpen:
                 return False
 

@@ -125,5 +125,14 @@ def test_an_effect_that_was_passed_over_is_noticed_before_the_next_tool_runs() -
         ask(journal, tool("pay", "B", seq=2))
 
 
+def test_of_a_command_that_has_secrets_an_error_shows_no_argument() -> None:
+    journal = Journal(sealed=True)
+    journal.begin()
+    ask(journal, tool("pay", "sk-1", seq=1))
+    journal.begin()
+    with pytest.raises(ReplayDiverged, match=r"was tool pay\(…\).*was tool pay\(…\)"):
+        ask(journal, tool("pay", "sk-2", seq=1))
+
+
 def test_outside_of_a_tool_there_is_no_call() -> None:
     assert current_call() is None

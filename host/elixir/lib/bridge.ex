@@ -47,7 +47,7 @@ defmodule Bridge do
   """
 
   alias Bridge.{
-    Command,
+    Commands,
     Config,
     Error,
     Inspected,
@@ -211,7 +211,7 @@ defmodule Bridge do
   @spec call(session(), String.t(), arguments(), keyword()) :: result(term())
   def call(session, function, args \\ [], opts \\ []) do
     with {:ok, cfg, id, request} <- request(:call, session, function, args, opts),
-         do: Command.run(cfg, id, request, opts)
+         do: Commands.run(cfg, id, request, opts)
   end
 
   @doc "As `call/4`; raises what went wrong."
@@ -233,7 +233,7 @@ defmodule Bridge do
 
     start = fn ->
       with {:ok, cfg, id, request} <- request(:stream, session, function, args, opts),
-           do: Command.stream(cfg, id, request, opts)
+           do: Commands.stream(cfg, id, request, opts)
     end
 
     %Bridge.Stream{session: id_of(session), name: function, start: start, on_return: on_return}
@@ -260,7 +260,7 @@ defmodule Bridge do
          {:ok, args, kwargs} <- arguments(args, opts) do
       ref = Base.encode16(:crypto.strong_rand_bytes(6), case: :lower)
       name = if opts[:name], do: to_string(opts[:name]), else: ""
-      Command.run(cfg, id, {:create, ref, to_string(class), args, kwargs, secrets(opts), name}, opts)
+      Commands.run(cfg, id, {:create, ref, to_string(class), args, kwargs, secrets(opts), name}, opts)
     end
   end
 
@@ -279,7 +279,7 @@ defmodule Bridge do
     with :ok <- known(opts, @calling),
          {:ok, cfg, id} <- owner(ref, opts),
          {:ok, args, kwargs} <- arguments(args, opts) do
-      Command.run(cfg, id, {:method, ref.id, to_string(method), args, kwargs, secrets(opts)}, opts)
+      Commands.run(cfg, id, {:method, ref.id, to_string(method), args, kwargs, secrets(opts)}, opts)
     end
   end
 
@@ -315,13 +315,13 @@ defmodule Bridge do
 
   def inspect_object(%Ref{} = ref, opts) do
     with :ok <- known(opts, @calling), {:ok, cfg, id} <- owner(ref, opts) do
-      Command.run(cfg, id, {:inspect, {:ref, ref.id}}, opts)
+      Commands.run(cfg, id, {:inspect, {:ref, ref.id}}, opts)
     end
   end
 
   def inspect_object(path, opts) when is_binary(path) do
     with :ok <- known(opts, @calling), {:ok, cfg, id} <- Session.locate(opts[:session], opts) do
-      Command.run(cfg, id, {:inspect, {:path, path}}, opts)
+      Commands.run(cfg, id, {:inspect, {:path, path}}, opts)
     end
   end
 
@@ -357,7 +357,7 @@ defmodule Bridge do
          {:ok, cfg} <- config(opts),
          {:ok, command} <- Recovery.find(cfg, id),
          :ok <- resumable(command) do
-      Command.resume(cfg, command, Map.new(opts[:replies] || %{}), opts[:rerun] || [], opts)
+      Commands.resume(cfg, command, Map.new(opts[:replies] || %{}), opts[:rerun] || [], opts)
     end
   end
 

@@ -4,7 +4,7 @@ defmodule Bridge.Callbacks do
   # can be repeated. Runs in the command's process; tools run in tasks of their own.
 
   alias Bridge.{Config, Error, JSON, Journal, Kernel, Request, SessionStore, Telemetry, Tools, Value}
-  alias Bridge.Command.Current
+  alias Bridge.Command.{Answer, Current}
   alias Bridge.Store.Staged
   alias Bridge.Telemetry.Trace
 
@@ -311,7 +311,7 @@ defmodule Bridge.Callbacks do
 
     {cfg, id, leader} = {state.cfg, state.id, state.leader}
     durable? = durable?(state) and not known?
-    hook = &Bridge.Command.hook(%{session: current.call.session, cfg: cfg}, &1)
+    hook = Answer.hook(state)
 
     task =
       Task.Supervisor.async_nolink(Config.process(cfg.name, :tool_tasks), fn ->

@@ -6,7 +6,7 @@ defmodule Bridge.Command do
   use GenServer, restart: :temporary
 
   alias Bridge.{Callbacks, Config, Error, Journal, Kernel, Pool, Request, SessionStore, Telemetry, Value}
-  alias Bridge.Command.{Chunks, Current}
+  alias Bridge.Command.{Answer, Chunks, Terms}
   alias Bridge.Store.Staged
   alias Bridge.Telemetry.Trace
 
@@ -14,15 +14,6 @@ defmodule Bridge.Command do
 
   # From the next attempt on it runs alone: if that kernel dies too, it is proven who did it.
   @shared_attempts 2
-  # How long after its deadline a kernel may still say so itself.
-  @late_ms 500
-  @max_nesting 64
-  @max_key 255
-  # 46 days: what a timer takes.
-  @longest_ms 4_000_000_000
-  # Handlers of telemetry are called there. A command needs them both: it would wait for who waits for it.
-  @needed [{Bridge.Kernel, :init, 1}, {Bridge.Pool, :init, 1}]
-
   @derive {Inspect, only: [:id, :session, :attempt]}
   @enforce_keys [:cfg, :session, :prepared, :terms, :id, :trace]
   defstruct @enforce_keys ++
@@ -37,6 +28,7 @@ defmodule Bridge.Command do
                 :chunks,
                 :timer,
                 :digest,
+                :journal,
                 begun?: false,
                 resumed?: false,
                 waiters: %{},
@@ -46,297 +38,10 @@ defmodule Bridge.Command do
                 resent: false,
                 again?: false,
                 tools: %{},
-                journal: %Journal{},
                 staged: nil
               ]
 
   @type t :: %__MODULE__{}
-
-  # -- for who asks --------------------------------------------------------------------
-
-  @doc """
-  Runs a request, and waits for its result. If the caller dies, it is cancelled.
-
-  `opts`: `deadline` (ms, callbacks included), `retries`, `idempotency_key`.
-  """
-  @spec run(Config.t(), String.t(), Request.request(), keyword()) :: {:ok, term()} | {:error, Error.t()}
-  def run(cfg, session, request, opts) do
-    while_open(cfg, fn ->
-      with {:ok, terms} <- terms(cfg, opts),
-           {:ok, prepared} <- Request.prepare(cfg, session, request),
-           :ok <- allowed(cfg, prepared) do
-        if terms.key, do: once(cfg, session, prepared, terms), else: start_and_wait(cfg, session, prepared, terms, [])
-      end
-    end)
-  end
-
-  @doc """
-  Goes on with a command that was interrupted, from what its journal has. `replies` and `rerun` are as
-  `Bridge.Recovery.entries/4` takes them.
-  """
-  @spec resume(Config.t(), map(), %{String.t() => term()}, [String.t()], keyword()) ::
-          {:ok, term()} | {:error, Error.t()}
-  def resume(cfg, command, replies, rerun, opts) do
-    while_open(cfg, fn ->
-      with {:ok, terms} <- terms(cfg, opts),
-           {:ok, prepared} <- Request.prepare(cfg, command.session, command.params),
-           :ok <- allowed(cfg, prepared) do
-        terms = %{terms | key: command.key}
-        more = [id: command.id, digest: command.digest, resumes: {replies, rerun}]
-        start_and_wait(cfg, command.session, prepared, terms, more)
-      end
-    end)
-  end
-
-  # What is looked up in a store that is being closed raises, or finds no table.
-  defp while_open(cfg, fun) do
-    fun.()
-  rescue
-    error in Error ->
-      if error.name == :host_closed, do: {:error, error}, else: reraise(error, __STACKTRACE__)
-
-    error in ArgumentError ->
-      with {:ok, _tables} <- Bridge.Store.Owner.tables(cfg), do: reraise(error, __STACKTRACE__)
-  end
-
-  defp allowed(cfg, prepared) do
-    if Pool.quarantine(cfg) == [], do: :ok, else: Pool.check_quarantine(cfg, Request.digest(prepared))
-  end
-
-  defp terms(cfg, opts) do
-    {deadline, retries, key} = {opts[:deadline], Keyword.get(opts, :retries, cfg.retries), opts[:idempotency_key]}
-    current = Current.get(cfg.name)
-
-    cond do
-      deadline != nil and not (is_number(deadline) and deadline > 0 and deadline <= @longest_ms) ->
-        invalid(
-          "deadline is how many milliseconds there are, more than 0 and at most #{@longest_ms}, not #{inspect(deadline)}"
-        )
-
-      not (is_integer(retries) and retries >= 0) ->
-        invalid("retries is how often a command may run again, 0 or more, not #{inspect(retries)}")
-
-      key != nil and not (is_binary(key) and String.valid?(key) and String.length(key) in 1..@max_key) ->
-        invalid(
-          "an idempotency key is a string of 1 to #{@max_key} characters, not #{inspect(key, printable_limit: 80)}"
-        )
-
-      Process.get(:"$initial_call") in @needed ->
-        Error.error(
-          :invalid_params,
-          "a handler of telemetry cannot run a command here: it is called by what runs commands",
-          remedy: "Let it send a message to a process of yours, and call from there."
-        )
-
-      current != nil and current.depth >= @max_nesting ->
-        Error.error(:limit_exceeded, "commands are nested #{current.depth + 1} deep, at most #{@max_nesting}",
-          remedy: "A tool seems to call, through commands, itself."
-        )
-
-      true ->
-        until = [deadline && now() + deadline, current && current.until] |> Enum.filter(& &1) |> Enum.min(fn -> nil end)
-        depth = if current, do: current.depth + 1, else: 0
-        keys = if current, do: current.keys, else: []
-        {:ok, %{until: until, retries: retries, key: key, depth: depth, keys: keys}}
-    end
-  end
-
-  defp invalid(message), do: Error.error(:invalid_params, message)
-
-  defp start_and_wait(cfg, session, prepared, terms, more) do
-    case start(cfg, session, prepared, terms, more) do
-      {:ok, reading} ->
-        with :gone <- await(reading, :infinity), do: ended(:noproc)
-
-      {:error, error} ->
-        {:error, error}
-
-      # Somebody else goes on with it at this moment.
-      {:already, _pid} ->
-        Bridge.Recovery.none(cfg, more[:id])
-    end
-  end
-
-  # The ref is an alias: what is sent to it is dropped once nobody listens any more.
-  defp start(cfg, session, prepared, terms, more) do
-    ref = :erlang.alias()
-    trace = Telemetry.trace(cfg)
-    asked = %{caller: self(), ref: ref, leader: Process.group_leader(), trace: trace}
-    child = {__MODULE__, {cfg, session, prepared, terms, asked, more}}
-
-    with {:error, reason} <- start_child(cfg, child) do
-      :erlang.unalias(ref)
-
-      case reason do
-        %Error{} -> {:error, reason}
-        {:shutdown, {:already, pid}} -> {:already, pid}
-        _other -> Error.error(:internal_error, "the command could not be started: #{inspect(reason)}")
-      end
-    else
-      {:ok, pid} -> {:ok, {pid, ref, Process.monitor(pid)}}
-    end
-  end
-
-  defp start_child(cfg, child) do
-    DynamicSupervisor.start_child(Config.process(cfg.name, :commands), child)
-  catch
-    :exit, _reason -> Error.error(:host_closed, "#{inspect(cfg.name)} is not running")
-  end
-
-  # `:gone` if it had ended before it heard of who waits.
-  defp await({pid, ref, monitor}, timeout) do
-    receive do
-      {^ref, {:done, result}} ->
-        forget(ref, monitor)
-        result
-
-      {:DOWN, ^monitor, :process, _pid, reason} ->
-        forget(ref, monitor)
-        if reason in [:normal, :noproc], do: :gone, else: ended(reason)
-    after
-      timeout ->
-        forget(ref, monitor)
-        GenServer.cast(pid, {:leave, ref})
-        :timeout
-    end
-  end
-
-  # From here on nothing more comes, and of what had come nothing is left.
-  defp forget(ref, monitor) do
-    Process.demonitor(monitor, [:flush])
-    :erlang.unalias(ref)
-    flush(ref)
-  end
-
-  defp flush(ref) do
-    receive do
-      {^ref, _} -> flush(ref)
-    after
-      0 -> :ok
-    end
-  end
-
-  defp ended(reason) do
-    if reason == :noproc or stopping?(reason),
-      do: stopped(),
-      else: Error.error(:internal_error, "the command's process failed: #{Bridge.Private.format_exit(reason)}")
-  end
-
-  defp stopping?(reason), do: reason == :shutdown or match?({:shutdown, _}, reason)
-  defp stopped, do: Error.error(:host_closed, "Bridge was stopped while the command ran")
-
-  # -- idempotency keys ------------------------------------------------------------------
-
-  # Only what succeeded is remembered. Whoever gives up leaves the others waiting; the command is cancelled with the last.
-  defp once(cfg, session, prepared, terms) do
-    digest = Request.digest(prepared)
-
-    with :ok <- not_itself(session, terms),
-         :error <- SessionStore.result(cfg, session, terms.key) do
-      case Registry.lookup(Config.process(cfg.name, :keys), {session, terms.key}) do
-        [{pid, known}] -> with :ok <- same(terms.key, known, digest), do: join(cfg, session, prepared, terms, pid)
-        [] -> begin(cfg, session, prepared, terms, digest)
-      end
-    else
-      {:ok, %{digest: known, value: value}} -> with :ok <- same(terms.key, known, digest), do: {:ok, value}
-      {:error, error} -> {:error, error}
-    end
-  end
-
-  defp not_itself(session, terms) do
-    if {session, terms.key} in terms.keys do
-      Error.error(
-        :conflict,
-        "the command with the key #{inspect(terms.key)} would wait for itself: its own tool sends it again",
-        remedy: "Give the inner command a key of its own."
-      )
-    else
-      :ok
-    end
-  end
-
-  defp same(_key, digest, digest), do: :ok
-
-  defp same(key, _known, _digest) do
-    Error.error(:conflict, "the idempotency key #{inspect(key)} was used for another command",
-      remedy: "One key names one command with its arguments: choose another."
-    )
-  end
-
-  defp begin(cfg, session, prepared, terms, digest) do
-    case start(cfg, session, prepared, terms, digest: digest) do
-      {:ok, reading} -> with :gone <- await(reading, :infinity), do: ended(:noproc)
-      # Somebody was faster.
-      {:already, _pid} -> once(cfg, session, prepared, terms)
-      {:error, error} -> {:error, error}
-    end
-  end
-
-  defp join(cfg, session, prepared, terms, pid) do
-    ref = :erlang.alias()
-    monitor = Process.monitor(pid)
-    GenServer.cast(pid, {:join, self(), ref})
-    timeout = if terms.until, do: max(round(terms.until - now()), 0) + @late_ms, else: :infinity
-
-    case await({pid, ref, monitor}, timeout) do
-      :timeout ->
-        Error.error(
-          :deadline_exceeded,
-          "#{prepared.subject} still runs for another caller with the key #{inspect(terms.key)}"
-        )
-
-      :gone ->
-        once(cfg, session, prepared, terms)
-
-      # The time of whoever began it was up, not ours.
-      {:error, %Error{name: :deadline_exceeded} = error} ->
-        if terms.until == nil or now() < terms.until, do: once(cfg, session, prepared, terms), else: {:error, error}
-
-      result ->
-        result
-    end
-  end
-
-  # -- streams -----------------------------------------------------------------------------
-
-  @doc "Begins a stream, for the process that calls this to read with `next/1`."
-  @spec stream(Config.t(), String.t(), Request.request(), keyword()) :: {:ok, term()} | {:error, Error.t()}
-  def stream(cfg, session, request, opts) do
-    while_open(cfg, fn ->
-      with {:ok, terms} <- terms(cfg, Keyword.delete(opts, :idempotency_key)),
-           {:ok, prepared} <- Request.prepare(cfg, session, request),
-           :ok <- allowed(cfg, prepared) do
-        start(cfg, session, prepared, terms, chunks: Chunks.new())
-      end
-    end)
-  end
-
-  @doc "The next value; when the generator has ended, what it returned."
-  @spec next(term()) :: {:ok, term()} | {:done, term()} | {:error, Error.t()}
-  def next({pid, ref, monitor}) do
-    # In this order: what was yielded before the end is read before it.
-    receive do
-      {^ref, {:chunk, value}} ->
-        GenServer.cast(pid, :consumed)
-        {:ok, value}
-
-      {^ref, {:done, {:ok, returned}}} ->
-        {:done, returned}
-
-      {^ref, {:done, {:error, error}}} ->
-        {:error, error}
-
-      {:DOWN, ^monitor, :process, _pid, reason} ->
-        ended(reason)
-    end
-  end
-
-  @doc "Stops the generator, if it still runs; what it had sent is dropped."
-  @spec abandon(term()) :: :ok
-  def abandon({pid, ref, monitor}) do
-    GenServer.cast(pid, {:leave, ref})
-    forget(ref, monitor)
-  end
 
   # -- the process ----------------------------------------------------------------------------
 
@@ -358,6 +63,7 @@ defmodule Bridge.Command do
       leader: asked.leader,
       digest: more[:digest],
       chunks: more[:chunks],
+      journal: Journal.new([], prepared.secret?),
       staged: Staged.new(),
       waiters: %{asked.ref => {asked.caller, Process.monitor(asked.caller)}},
       began: System.monotonic_time()
@@ -399,14 +105,14 @@ defmodule Bridge.Command do
     with :error <- SessionStore.result(state.cfg, state.session, state.terms.key),
          # Interrupted, or its process was killed: nobody runs it.
          {:ok, command} <- SessionStore.command_with_key(state.cfg, state.session, state.terms.key),
-         :ok <- same(state.terms.key, command.digest, state.digest) do
+         :ok <- Terms.check_same(state.terms.key, command.digest, state.digest) do
       goes_on(state, command, %{}, [])
     else
       :error ->
         {:ok, state}
 
       {:ok, %{digest: known, value: value}} ->
-        with :ok <- same(state.terms.key, known, state.digest), do: {:done, {:ok, value}}
+        with :ok <- Terms.check_same(state.terms.key, known, state.digest), do: {:done, {:ok, value}}
 
       {:error, error} ->
         {:error, error}
@@ -419,7 +125,14 @@ defmodule Bridge.Command do
 
   defp goes_on(state, command, replies, rerun) do
     with {:ok, entries} <- Bridge.Recovery.entries(state.cfg, command, replies, rerun) do
-      {:ok, %{state | id: command.id, journal: Journal.new(entries), attempt: command.attempt, resumed?: true}}
+      {:ok,
+       %{
+         state
+         | id: command.id,
+           journal: Journal.new(entries, state.prepared.secret?),
+           attempt: command.attempt,
+           resumed?: true
+       }}
     end
   end
 
@@ -465,7 +178,7 @@ defmodule Bridge.Command do
       trace: Trace.metadata(state.trace)
     }
 
-    timeout = if state.terms.until, do: max(round(state.terms.until - now()), 0), else: :infinity
+    timeout = if left = Terms.left(state.terms), do: round(left), else: :infinity
     %{state | ask: ask, asked: Pool.request(state.cfg, ask, timeout), place: nil, ref: nil}
   end
 
@@ -476,7 +189,7 @@ defmodule Bridge.Command do
   defp attempt(state, place) do
     ref = make_ref()
     attempt = if state.again?, do: state.attempt, else: state.attempt + 1
-    remaining = if state.terms.until, do: max(state.terms.until - now(), 0)
+    remaining = Terms.left(state.terms)
 
     params =
       Request.params(state.prepared, state.session, %{
@@ -490,7 +203,7 @@ defmodule Bridge.Command do
     if state.resent, do: Kernel.forget_source(place.pid, state.prepared.source)
     Kernel.request(place.pid, ref, state.prepared.method, params, state.prepared.buffers)
     if state.timer, do: Process.cancel_timer(state.timer)
-    timer = if remaining, do: Process.send_after(self(), {:late, ref}, round(remaining) + @late_ms)
+    timer = if remaining, do: Process.send_after(self(), {:late, ref}, Terms.patience(state.terms))
     chunks = state.chunks && Chunks.attempt(state.chunks)
 
     %{
@@ -631,7 +344,9 @@ defmodule Bridge.Command do
   end
 
   defp on_kernel({:notification, "command.chunk", params, buffers}, %{chunks: %Chunks{} = chunks} = state) do
-    case Chunks.take(chunks, params, buffers, &decode(state, &1, buffers, &2)) do
+    decode = &Value.decode(&1, buffers, path: &2, hook: Answer.hook(state))
+
+    case Chunks.take(chunks, params, buffers, decode) do
       {:ok, chunks, value} ->
         for {ref, _waiter} <- state.waiters, do: send(ref, {ref, {:chunk, value}})
         {:noreply, %{state | chunks: chunks}}
@@ -675,8 +390,8 @@ defmodule Bridge.Command do
     state = %{state | place: nil, ref: nil}
 
     with :ok <- Journal.check_complete(state.journal),
-         :ok <- Chunks.check_complete(state.chunks),
-         {:ok, value, changes} <- read(state, result, buffers),
+         :ok <- Chunks.check_complete(state.chunks, result),
+         {:ok, value, changes} <- Answer.read(state.prepared, result, buffers, state),
          {:ok, _versions} <- commit(state, value, changes) do
       finish(state, {:ok, value})
     else
@@ -756,72 +471,6 @@ defmodule Bridge.Command do
     tool_ended(state, tool, reply)
   end
 
-  # -- the result ----------------------------------------------------------------------------------------
-
-  defp read(%{prepared: %{method: "instance.create"}} = state, %{"state" => %{} = kept} = result, buffers) do
-    record = state.prepared.instance
-
-    with {:ok, kept, nil} <- state_of(state, kept, [], buffers) do
-      made = Map.merge(record, %{state: kept, version: 1, methods: strings(result["methods"])})
-      ref = %Bridge.Ref{id: record.ref, class: record.class, version: 1, session: state.session, bridge: state.cfg.name}
-      {:ok, ref, [{:instance, made, nil}]}
-    end
-  end
-
-  defp read(%{prepared: %{method: "instance.create"}}, _result, _buffers), do: misfit("an instance has no state")
-
-  defp read(%{prepared: %{method: "object.inspect"}}, result, _buffers) do
-    case Bridge.Inspected.read(result) do
-      {:ok, inspected} -> {:ok, inspected, []}
-      :error -> misfit("that is no description")
-    end
-  end
-
-  defp read(%{chunks: nil}, result, _buffers) when not is_map_key(result, "value"), do: misfit("it has no value")
-
-  defp read(%{prepared: %{instance: %{} = record}} = state, result, buffers) do
-    with {:ok, kept, value} <- state_of(state, result["state"], [{"result", result["value"]}], buffers) do
-      changed = kept && %{record | state: kept, version: record.version + 1}
-      {:ok, value, if(changed, do: [{:instance, changed, record.version}], else: [])}
-    end
-  end
-
-  defp read(state, result, buffers) do
-    with {:ok, value} <- decode(state, result["value"], buffers, "result"), do: {:ok, value, []}
-  end
-
-  defp misfit(why), do: Error.error(:internal_error, "the kernel's answer does not fit the contract: #{why}")
-
-  defp strings(list) when is_list(list), do: Enum.filter(list, &is_binary/1)
-  defp strings(_none), do: []
-
-  defp state_of(state, nil, values, buffers) do
-    with {:ok, values} <- Value.decode_many(values, buffers, hook: &hook(state, &1)), do: {:ok, nil, List.first(values)}
-  end
-
-  defp state_of(state, %{"adapter" => adapter} = kept, values, buffers) when is_binary(adapter) do
-    # A ref within a state is the kernel's: it goes back as it came.
-    with {:ok, digest} <- digest_of(kept),
-         {:ok, [inner | values]} <-
-           Value.decode_many([{"state", kept["value"]} | values], buffers, hook: &hook(state, &1)) do
-      {:ok, %{adapter: adapter, value: inner, sha256: digest}, List.first(values)}
-    end
-  end
-
-  defp state_of(_state, _other, _values, _buffers), do: misfit("its state has no adapter")
-
-  defp digest_of(%{"sha256" => digest}) when is_binary(digest) or digest == nil, do: {:ok, digest}
-  defp digest_of(kept) when not is_map_key(kept, "sha256"), do: {:ok, nil}
-  defp digest_of(_kept), do: misfit("its state's sha256 is no text")
-
-  defp decode(state, json, buffers, path), do: Value.decode(json, buffers, path: path, hook: &hook(state, &1))
-
-  @doc false
-  # What a ref that comes from a kernel becomes: one that knows whose it is.
-  @spec hook(t(), struct()) :: struct()
-  def hook(state, %Bridge.Ref{} = ref), do: %{ref | session: state.session, bridge: state.cfg.name}
-  def hook(_state, other), do: other
-
   defp commit(state, value, changes) do
     ops = Staged.ops(state.staged) ++ changes
 
@@ -858,7 +507,7 @@ defmodule Bridge.Command do
 
   # Who comes with the key again must not pay twice: a command that was lost, or out of time, goes on then where it was.
   defp failed(state, error, how) do
-    out_of_time = error.name == :deadline_exceeded and state.terms.until != nil and now() >= state.terms.until
+    out_of_time = error.name == :deadline_exceeded and Terms.out_of_time?(state.terms)
     keyed? = state.terms.key != nil
     # What was to go on, and got no kernel, is there still.
     lost? = how == :lost and (keyed? or state.died == 0)
@@ -895,8 +544,16 @@ defmodule Bridge.Command do
       tell(state, :exception, measured(state), %{error: Error.new(name).type})
     end
 
-    if stopping?, do: answer_all(state, stopped()), else: :ok
+    if stopping?, do: answer_all(state, {:error, stopped()}), else: :ok
   end
+
+  @doc "Whether a command's process ended for such a reason because its bridge was stopped."
+  @spec stopping?(term()) :: boolean()
+  def stopping?(reason), do: reason == :shutdown or match?({:shutdown, _}, reason)
+
+  @doc "What its caller is told then."
+  @spec stopped() :: Error.t()
+  def stopped, do: Error.new(:host_closed, "Bridge was stopped while the command ran")
 
   # A crash report says nothing of what is in here.
   @impl {:format_status, 1} in GenServer.behaviour_info(:callbacks)
@@ -938,6 +595,4 @@ defmodule Bridge.Command do
 
     told(state, [:bridge, :execution, :exception], %{duration: System.monotonic_time() - state.tried}, said)
   end
-
-  defp now, do: System.monotonic_time(:millisecond)
 end

@@ -12,7 +12,7 @@ defmodule Bridge.Journal do
     # those of the variables it read, if that is all that is known.
 
     @derive {Inspect, only: [:n, :seq, :method]}
-    @enforce_keys [:n, :seq, :method, :asked, :buffers, :effect, :digest]
+    @enforce_keys [:n, :seq, :method, :asked, :buffers, :effect, :digest, :sealed?]
     defstruct @enforce_keys ++ [:reply, :versions, lost: false, waiting: []]
 
     @type t :: %__MODULE__{}
@@ -22,13 +22,22 @@ defmodule Bridge.Journal do
   @shown 300
 
   @derive {Inspect, only: [:next, :replaying]}
-  defstruct entries: %{}, next: 1, own: %{}, free: %{}, replaying: false, overflowed: false, effects: false
+  defstruct entries: %{},
+            next: 1,
+            own: %{},
+            free: %{},
+            replaying: false,
+            overflowed: false,
+            effects: false,
+            sealed?: false
 
   @type t :: %__MODULE__{}
 
-  @spec new([Entry.t()]) :: t()
-  def new(entries \\ []) do
+  @doc "Of a command that has called back `entries` already, and is `sealed?` if it has secrets."
+  @spec new([Entry.t()], boolean()) :: t()
+  def new(entries, sealed?) do
     %__MODULE__{
+      sealed?: sealed?,
       entries: Map.new(entries, &{&1.n, &1}),
       next: entries |> Enum.map(& &1.n) |> Enum.max(fn -> 0 end) |> Kernel.+(1),
       effects: Enum.any?(entries, & &1.effect)
@@ -50,14 +59,18 @@ defmodule Bridge.Journal do
     :crypto.hash(:sha256, [JSON.canonical([method, asked]) | sized])
   end
 
-  @doc "A callback as an error shows it."
-  @spec shown(String.t(), term()) :: String.t()
-  def shown("tool.call", [name, args, kwargs]) do
+  @doc "A callback as an error shows it. Of a command that has secrets no argument is shown."
+  @spec shown(Entry.t()) :: String.t()
+  def shown(entry), do: shown(entry.method, entry.asked, entry.sealed?)
+
+  defp shown("tool.call", [name | _arguments], true), do: "tool #{name}(…)"
+
+  defp shown("tool.call", [name, args, kwargs], false) do
     given = Enum.map(args, &JSON.canonical/1) ++ for {key, value} <- kwargs, do: "#{key}=#{JSON.canonical(value)}"
     clip("tool #{name}(#{Enum.join(given, ", ")})")
   end
 
-  def shown(method, asked), do: clip("#{method}(#{Enum.join(asked, ", ")})")
+  defp shown(method, asked, _sealed?), do: clip("#{method}(#{Enum.join(asked, ", ")})")
 
   defp clip(text), do: if(String.length(text) > @shown, do: String.slice(text, 0, @shown) <> "…", else: text)
 
@@ -144,8 +157,8 @@ defmodule Bridge.Journal do
       effect ->
         Error.error(
           :replay_diverged,
-          "the first time, callback #{effect.seq} of the command was #{shown(effect.method, effect.asked)}; when it ran " <>
-            "again, callback #{seq} was #{shown(method, asked)}"
+          "the first time, callback #{effect.seq} of the command was #{shown(effect)}; when it ran " <>
+            "again, callback #{seq} was #{shown(method, asked, journal.sealed?)}"
         )
     end
   end
@@ -160,7 +173,8 @@ defmodule Bridge.Journal do
       asked: asked,
       buffers: buffers,
       effect: effect,
-      digest: digest(method, asked, buffers)
+      digest: digest(method, asked, buffers),
+      sealed?: journal.sealed?
     }
 
     journal = %{journal | next: journal.next + 1, effects: journal.effects or effect}
@@ -184,7 +198,7 @@ defmodule Bridge.Journal do
       effect ->
         Error.error(
           :replay_diverged,
-          "the first time, the command called #{shown(effect.method, effect.asked)}; when it ran again, it ended " <>
+          "the first time, the command called #{shown(effect)}; when it ran again, it ended " <>
             "without calling that"
         )
     end

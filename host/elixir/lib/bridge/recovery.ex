@@ -22,7 +22,7 @@ defmodule Bridge.Recovery do
         attempts: command.attempt,
         callbacks: length(calls),
         readable: match?({:ok, _}, known),
-        in_doubt: for(entry <- read(cfg, command.session, calls), doubtful?(entry), do: doubt(id, entry))
+        in_doubt: for(entry <- read(cfg, command, calls), doubtful?(entry), do: doubt(id, entry))
       )
     end
   end
@@ -30,7 +30,7 @@ defmodule Bridge.Recovery do
   defp doubtful?(entry), do: entry.lost and entry.effect
 
   defp doubt(id, entry) do
-    %{id: "#{id}:#{entry.n}", tool: hd(entry.asked), call: Journal.shown(entry.method, entry.asked)}
+    %{id: "#{id}:#{entry.n}", tool: hd(entry.asked), call: Journal.shown(entry)}
   end
 
   @doc """
@@ -40,7 +40,7 @@ defmodule Bridge.Recovery do
   """
   @spec entries(Config.t(), map(), %{String.t() => term()}, [String.t()]) :: {:ok, [Entry.t()]} | {:error, Error.t()}
   def entries(cfg, command, replies, rerun) do
-    entries = read(cfg, command.session, command.calls)
+    entries = read(cfg, command, command.calls)
     entries = Enum.filter(entries, &(&1.reply != nil or &1.versions != nil or &1.lost))
     ids = for entry <- entries, entry.lost, do: "#{command.id}:#{entry.n}"
 
@@ -70,7 +70,7 @@ defmodule Bridge.Recovery do
 
         entry.effect ->
           message =
-            "the host ended while #{Journal.shown(entry.method, entry.asked)} ran (call #{id}): whether its effect " <>
+            "the host ended while #{Journal.shown(entry)} ran (call #{id}): whether its effect " <>
               "happened is not known"
 
           {:halt, Error.error(:effect_in_doubt, message)}
@@ -81,7 +81,7 @@ defmodule Bridge.Recovery do
     end)
   end
 
-  defp read(cfg, session, calls) do
+  defp read(cfg, command, calls) do
     for call <- calls do
       {asked, buffers} = call.asked
 
@@ -92,7 +92,8 @@ defmodule Bridge.Recovery do
         asked: asked,
         buffers: buffers,
         effect: call.effect,
-        digest: Journal.digest(call.method, asked, buffers)
+        digest: Journal.digest(call.method, asked, buffers),
+        sealed?: command.sealed
       }
 
       case call.reply do
@@ -106,7 +107,7 @@ defmodule Bridge.Recovery do
           %{entry | reply: {:error, Error.Wire.from_wire(error)}}
 
         :error when call.method == "tool.call" ->
-          %{entry | lost: true, effect: call.effect and not safe?(cfg, session, asked)}
+          %{entry | lost: true, effect: call.effect and not safe?(cfg, command.session, asked)}
 
         :error ->
           entry

@@ -6,7 +6,7 @@ defmodule Bridge.Stream do
   ahead. To halt (`Enum.take/2`), or to die, stops it in the kernel. What goes wrong raises `Bridge.Error`.
   """
 
-  alias Bridge.Command
+  alias Bridge.Commands
 
   @enforce_keys [:session, :name, :start, :on_return]
   defstruct @enforce_keys
@@ -25,7 +25,7 @@ defmodule Bridge.Stream do
         end
       end,
       fn reading ->
-        case Command.next(reading) do
+        case Commands.next(reading) do
           {:ok, value} ->
             {[value], reading}
 
@@ -37,7 +37,7 @@ defmodule Bridge.Stream do
             raise error
         end
       end,
-      &Command.abandon/1
+      &Commands.abandon/1
     )
   end
 

@@ -49,7 +49,7 @@ defmodule Bridge.Command.ChunksTest do
       {chunks, sent, read, given, _rand} = play(Chunks.attempt(chunks), 0, @window, 100, read, given, rand)
       assert {sent, read} == {100, 100}, "seed #{seed}"
       assert given == for(n <- 0..99, do: "value #{n}")
-      assert Chunks.check_complete(chunks) == :ok
+      assert Chunks.check_complete(chunks, %{"chunks" => 100}) == :ok
     end
   end
 
@@ -85,9 +85,20 @@ defmodule Bridge.Command.ChunksTest do
     {:ok, chunks, _} = take(chunks, chunk(1))
     {:again, again, 0} = chunks |> Chunks.attempt() |> take(chunk(0))
     assert {:error, %Error{name: :replay_diverged}} = take(again, chunk(1, "another"))
-    assert {:error, %Error{name: :replay_diverged}} = Chunks.check_complete(again)
+    assert {:error, %Error{name: :replay_diverged}} = Chunks.check_complete(again, %{"chunks" => 1})
     {:again, again, 0} = take(again, chunk(1))
-    assert Chunks.check_complete(again) == :ok
+    assert Chunks.check_complete(again, %{"chunks" => 2}) == :ok
+  end
+
+  test "a stream of which something is missing has not ended well, whatever the kernel says it sent" do
+    {:ok, chunks, _} = take(Chunks.attempt(Chunks.new()), chunk(0))
+    {:again, again, 0} = chunks |> Chunks.attempt() |> take(chunk(0))
+
+    for chunks <- [chunks, again], result <- [2, 0, -1, "1", nil, 1.0] do
+      assert {:error, %Error{name: :internal_error}} = Chunks.check_complete(chunks, %{"chunks" => result})
+    end
+
+    assert {:error, %Error{name: :internal_error}} = Chunks.check_complete(chunks, %{})
   end
 
   test "buffers are part of a value" do

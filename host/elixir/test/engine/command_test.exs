@@ -121,7 +121,17 @@ defmodule Bridge.CommandTest do
 
   test "a tool whose call the journal had no room for is answered as any other", %{bridge: bridge} do
     {:ok, cfg} = Config.fetch(bridge)
-    state = %Command{cfg: cfg, session: "s", prepared: nil, terms: nil, id: "c", trace: nil, journal: Journal.new()}
+
+    state = %Command{
+      cfg: cfg,
+      session: "s",
+      prepared: nil,
+      terms: nil,
+      id: "c",
+      trace: nil,
+      journal: Journal.new([], false)
+    }
+
     state = %{state | place: %{pid: self()}}
     reply = {:ok, "1", []}
     assert ^state = Callbacks.tool_ended(state, %{n: 100_001, callback: {"comm", 7}}, reply)

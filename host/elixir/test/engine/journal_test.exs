@@ -26,7 +26,7 @@ defmodule Bridge.JournalTest do
 
   defp first_attempt(callbacks, effect \\ true) do
     journal =
-      Enum.reduce(callbacks, Journal.begin(Journal.new()), fn callback, journal ->
+      Enum.reduce(callbacks, Journal.begin(Journal.new([], false)), fn callback, journal ->
         {false, journal} = ask(journal, callback, effect)
         journal
       end)
@@ -73,6 +73,13 @@ defmodule Bridge.JournalTest do
     assert error.message =~ ~r/was tool pay\(3\).*was tool pay\(4\)/
   end
 
+  test "of a command that has secrets an error shows no argument" do
+    journal = Journal.begin(Journal.new([], true))
+    {false, journal} = ask(journal, tool("pay", ["sk-1"], 1), true)
+    {%Error{name: :replay_diverged} = error, _} = journal |> Journal.begin() |> ask(tool("pay", ["sk-2"], 1))
+    assert error.message =~ ~r/was tool pay\(…\).*was tool pay\(…\)/
+  end
+
   test "a tool that is called before one whose effect has happened is a divergence" do
     assert {%Error{name: :replay_diverged}, _} = [tool("pay", [3], 5)] |> first_attempt() |> ask(tool("mail", [], 4))
   end
@@ -109,7 +116,7 @@ defmodule Bridge.JournalTest do
   test "a journal that is full says so and holds no more; an effect that is not in it counts all the more" do
     asked = Journal.asked("session.get", %{"name" => "x"})
     record = fn n, journal -> journal |> Journal.record(n, "session.get", asked, [], false) |> elem(0) end
-    journal = Enum.reduce(1..100_000, Journal.new(), record)
+    journal = Enum.reduce(1..100_000, Journal.new([], false), record)
     refute journal.overflowed
     journal = record.(100_001, journal)
     assert {journal.overflowed, Journal.count(journal), journal.effects} == {true, 100_000, false}
@@ -119,7 +126,9 @@ defmodule Bridge.JournalTest do
   end
 
   test "what an error shows of a callback is bounded" do
-    text = Journal.shown("tool.call", ["pay", [String.duplicate("x", 10_000)], %{}])
+    asked = ["pay", [String.duplicate("x", 10_000)], %{}]
+    {_journal, entry} = Journal.record(Journal.new([], false), 1, "tool.call", asked, [], true)
+    text = Journal.shown(entry)
     assert String.length(text) == 301
   end
 end

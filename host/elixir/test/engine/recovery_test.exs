@@ -77,6 +77,34 @@ defmodule Bridge.RecoveryTest do
     assert :counters.get(counts, 1) == 1
   end
 
+  test "of a command that has secrets no argument of a call in doubt is shown", %{tmp_dir: dir, counts: counts} do
+    session = host(dir, counts)
+    test = self()
+    :ok = Bridge.Secrets.put(session, "TOKEN", "sk-planted")
+
+    send_to = fn _token ->
+      send(test, {:held, self()})
+      receive do: (:never -> nil)
+    end
+
+    :ok = Tools.register(session, "send", send_to, args: ["token"])
+    source = "def f(ctx):\n    return ctx.call_tool('send', token=ctx.secret('TOKEN'))"
+    :ok = Bridge.define(session, "f", source, secrets: ["TOKEN"])
+    command = Task.async(fn -> Bridge.call(session, "f") end)
+    held!()
+    :ok = Bridge.stop(session.bridge, 1)
+    assert {:error, %Error{name: :host_closed}} = Task.await(command, 60_000)
+
+    %{bridge: bridge} = host(dir, counts, kernels: 0)
+
+    assert {:ok, [%{id: id, in_doubt: [%{tool: "send", call: "tool send(…)"}]} = shown]} =
+             Bridge.interrupted(bridge: bridge)
+
+    assert {:error, %Error{name: :effect_in_doubt, message: message}} = Bridge.resume(id, bridge: bridge)
+    assert message =~ "tool send(…)"
+    for text <- [message, inspect(shown, structs: false)], do: refute(text =~ "planted")
+  end
+
   test "of several that resume a command at once one does, and it pays no second time", %{tmp_dir: dir, counts: counts} do
     session = interrupted(dir, counts)
     {:ok, [%{id: id, attempts: 1}]} = Bridge.interrupted(bridge: session.bridge)

@@ -173,7 +173,9 @@ class Engine:
         if begun is None:
             begun = self._begun(session, prepared, terms.key)
             self.store.log.append([begun])
-        running = Running(begun, session, prepared, journal or Journal(), until, parent, trace, on_chunk)
+        running = Running(
+            begun, session, prepared, journal or Journal(sealed=prepared.secret), until, parent, trace, on_chunk
+        )
         self._teller.begun(running)
         return running
 

@@ -61,9 +61,11 @@ def digest_of(method: str, params: Callback, buffers: Sequence[Buffer]) -> bytes
     return digest.digest()
 
 
-def shown(method: str, params: Callback) -> str:
-    """A callback as an error shows it."""
-    if isinstance(params, ToolCall):
+def shown(method: str, params: Callback, *, sealed: bool = False) -> str:
+    """A callback as an error shows it. Of a command that has secrets (`sealed`) no argument is shown."""
+    if isinstance(params, ToolCall) and sealed:
+        text = f"tool {params.name}(…)"
+    elif isinstance(params, ToolCall):
         given = [_encode(a).decode() for a in params.args]
         given += [f"{name}={_encode(value).decode()}" for name, value in params.kwargs.items()]
         text = f"tool {params.name}({', '.join(given)})"
@@ -75,10 +77,31 @@ def shown(method: str, params: Callback) -> str:
 class Entry:
     """One callback. `reply` is None while its tool runs, or for ever if the host died meanwhile."""
 
-    __slots__ = ("_digest", "buffers", "effect", "lost", "method", "n", "params", "reply", "seq", "versions", "waiting")
+    __slots__ = (
+        "_digest",
+        "_sealed",
+        "buffers",
+        "effect",
+        "lost",
+        "method",
+        "n",
+        "params",
+        "reply",
+        "seq",
+        "versions",
+        "waiting",
+    )
 
     def __init__(
-        self, n: int, seq: int | None, method: str, params: Callback, buffers: Sequence[Buffer], *, effect: bool
+        self,
+        n: int,
+        seq: int | None,
+        method: str,
+        params: Callback,
+        buffers: Sequence[Buffer],
+        *,
+        effect: bool,
+        sealed: bool,
     ) -> None:
         self.n = n
         self.seq = seq
@@ -91,6 +114,7 @@ class Entry:
         self.lost = False  # whether nobody runs its tool any more: it is to be run for whoever asks again
         self.waiting: list[Any] = []  # who is to be told the reply when it is there
         self._digest: bytes | None = None
+        self._sealed = sealed
 
     @property
     def digest(self) -> bytes:
@@ -99,13 +123,14 @@ class Entry:
         return self._digest
 
     def __repr__(self) -> str:
-        return shown(self.method, self.params)
+        return shown(self.method, self.params, sealed=self._sealed)
 
 
 class Journal:
-    """Of one command. Belongs to one event loop."""
+    """Of one command, `sealed` if it has secrets. Belongs to one event loop."""
 
-    def __init__(self, entries: Sequence[Entry] = ()) -> None:
+    def __init__(self, entries: Sequence[Entry] = (), *, sealed: bool = False) -> None:
+        self._sealed = sealed
         self._entries: dict[int, Entry] = {entry.n: entry for entry in entries}
         self._next = max(self._entries, default=0) + 1
         self._own: dict[int, Entry] = {}
@@ -156,7 +181,7 @@ class Journal:
         if effect is not None:
             raise ReplayDiverged(
                 f"the first time, callback {effect.seq} of the command was {effect!r}; when it ran again, callback "
-                f"{seq} was {shown(method, params)}"
+                f"{seq} was {shown(method, params, sealed=self._sealed)}"
             )
         ahead = [other for other in left if other.seq is not None and other.seq >= seq]
         for other in ahead:
@@ -172,7 +197,7 @@ class Journal:
         self, seq: int | None, method: str, params: Callback, buffers: Sequence[Buffer], *, effect: bool = False
     ) -> Entry:
         """A new callback."""
-        entry = Entry(self._next, seq, method, params, buffers, effect=effect)
+        entry = Entry(self._next, seq, method, params, buffers, effect=effect, sealed=self._sealed)
         self._next += 1
         self.effects = self.effects or effect
         if len(self._entries) < MAX_CALLBACKS:

@@ -26,7 +26,7 @@ from ..store.facts import CommandForgotten
 from ..values import ValueWriter
 from .callbacks import decode_asked, decode_reply
 from .commands import Request, StreamFunction, decode_request, prepare
-from .journal import Entry, Journal, Recorded, shown
+from .journal import Entry, Journal, Recorded
 from .running import LATE_S, RETRIES, Outcome, Terms
 
 if TYPE_CHECKING:
@@ -172,7 +172,9 @@ class Recovery:
         session = self._store.peek(begun.session)
         entries = self._entries(unfinished, replies, rerun)
         prepared = prepare(request, session, self._store.vault)
-        running = self._engine.begin(session, prepared, terms, begun=begun, journal=Journal(entries))
+        running = self._engine.begin(
+            session, prepared, terms, begun=begun, journal=Journal(entries, sealed=prepared.secret)
+        )
         running.attempt, running.lost = unfinished.attempt, True
         self._resuming.add(begun.id)
         try:
@@ -190,7 +192,7 @@ class Recovery:
     def _entry(self, unfinished: Unfinished, made: CallbackMade) -> Entry:
         sealed, vault = unfinished.begun.sealed, self._store.vault
         params, buffers, effect = decode_asked(made, vault.unseal_if(sealed, made.request))
-        entry = Entry(made.n, made.seq, made.method, params, buffers, effect=effect)
+        entry = Entry(made.n, made.seq, made.method, params, buffers, effect=effect, sealed=sealed)
         if (answer := unfinished.answered.get(made.n)) is not None:
             entry.reply, entry.versions = decode_reply(vault.unseal_if(sealed, answer))
         elif isinstance(params, ToolCall):
@@ -202,7 +204,7 @@ class Recovery:
     def _doubtful(self, unfinished: Unfinished) -> list[DoubtfulCall]:
         entries = [self._entry(unfinished, m) for m in unfinished.made if m.n not in unfinished.answered]
         return [
-            DoubtfulCall(f"{unfinished.begun.id}:{e.n}", e.params.name, shown(e.method, e.params))
+            DoubtfulCall(f"{unfinished.begun.id}:{e.n}", e.params.name, repr(e))
             for e in entries
             if isinstance(e.params, ToolCall) and e.lost and e.effect
         ]

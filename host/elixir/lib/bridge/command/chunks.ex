@@ -65,13 +65,21 @@ defmodule Bridge.Command.Chunks do
     Error.error(:internal_error, "chunk #{shown} came where #{due} was due, or without a value")
   end
 
-  @doc "Whether an attempt that has ended sent again all that had come before."
-  @spec check_complete(t() | nil) :: :ok | {:error, Error.t()}
-  def check_complete(%{again: again, before: before}) when again < before do
+  @doc "Whether an attempt that has ended sent again all that had come before, and all came that it says it sent."
+  @spec check_complete(t() | nil, map()) :: :ok | {:error, Error.t()}
+  def check_complete(nil, _result), do: :ok
+
+  def check_complete(%{again: again, before: before}, %{"chunks" => again}) when again < before do
     Error.error(:replay_diverged, "the stream ended after #{again} values when it ran again; #{before} had come before")
   end
 
-  def check_complete(_chunks), do: :ok
+  def check_complete(%{received: received}, %{"chunks" => received}), do: :ok
+
+  def check_complete(chunks, result) do
+    came = if chunks.again < chunks.before, do: chunks.again, else: chunks.received
+    said = inspect(result["chunks"], limit: 5, printable_limit: 50)
+    Error.error(:internal_error, "the kernel says that it sent #{said} chunks, and #{came} came")
+  end
 
   defp add(digest, params, buffers) do
     Enum.reduce(buffers, :crypto.hash_update(digest, JSON.canonical(params["value"])), &:crypto.hash_update(&2, &1))

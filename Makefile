@@ -58,6 +58,7 @@ bench: setup
 	$(BIN)/python -m bench.pool
 	$(BIN)/python -m bench.telemetry
 	$(BIN)/python -m bench.telemetry_flow
+	@! command -v mix >/dev/null || $(BIN)/python -m bench.elixir
 
 clean:
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis host/elixir/_build

@@ -244,7 +244,7 @@ class Run:
                 raise
 
     def step(self, step: Step) -> None:
-        verb = next(iter(step.keys() & VERBS))
+        (verb,) = (name for name in step if name in VERBS and not ("export" in step and name == "sessions"))
         getattr(self, f"step_{verb}")(step)
 
     def end(self) -> None:

@@ -8,6 +8,9 @@ defmodule Bridge.Callbacks do
   alias Bridge.Store.Staged
   alias Bridge.Telemetry.Trace
 
+  # Of one command; more wait.
+  @most_tools 1_000
+
   @type command :: Bridge.Command.t()
   @type reply :: {:ok, iodata(), [binary()]} | {:error, Error.t()}
 
@@ -298,6 +301,10 @@ defmodule Bridge.Callbacks do
 
   # -- tools ----------------------------------------------------------------------------------------
 
+  defp run_tool(state, tool, entry, params, known?) when map_size(state.tools) >= @most_tools do
+    %{state | tools_due: :queue.in({tool, entry, params, known?}, state.tools_due)}
+  end
+
   defp run_tool(state, tool, entry, params, known?) do
     trace = Trace.child_of(traceparent(params) || Trace.traceparent(state.trace))
 
@@ -380,6 +387,15 @@ defmodule Bridge.Callbacks do
   @doc "A tool has ended: whoever asked for it is told, this attempt or an earlier one's repetition."
   @spec tool_ended(command(), map(), reply()) :: command()
   def tool_ended(state, tool, reply) do
+    state = told(state, tool, reply)
+
+    case :queue.out(state.tools_due) do
+      {:empty, _none} -> state
+      {{:value, {tool, entry, params, known?}}, due} -> run_tool(%{state | tools_due: due}, tool, entry, params, known?)
+    end
+  end
+
+  defp told(state, tool, reply) do
     case Map.get(state.journal.entries, tool.n) do
       # Of more than a journal holds.
       nil ->

@@ -38,6 +38,7 @@ defmodule Bridge.Command do
                 resent: false,
                 again?: false,
                 tools: %{},
+                tools_due: :queue.new(),
                 staged: nil
               ]
 

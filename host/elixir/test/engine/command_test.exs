@@ -101,6 +101,29 @@ defmodule Bridge.CommandTest do
     assert {:ok, %{"a" => 1, "b" => {2, "x"}}} == Bridge.call(session, "f")
   end
 
+  # -- tools --------------------------------------------------------------------------------------
+
+  test "of very many tools that a command calls at once a bounded number runs, and all have their turn", %{
+    session: session,
+    bridge: bridge
+  } do
+    held(session, "held", idempotent: true)
+
+    source =
+      "async def f(ctx):\n    import asyncio\n    return sum(await asyncio.gather(*[ctx.call_tool('held') for _ in range(1200)]))"
+
+    :ok = Bridge.define(session, "f", source)
+    command = Task.async(fn -> Bridge.call(session, "f") end)
+    first = for _ <- 1..1_000, do: held!("held")
+    pid = process_of(bridge, session)
+
+    eventually("the others wait", fn -> :queue.len(:sys.get_state(pid).tools_due) == 200 end)
+    refute_received {:held, _, _}
+    Enum.each(first, &send(&1, {:return, 1}))
+    for _ <- 1..200, do: send(held!("held"), {:return, 1})
+    assert Task.await(command, 60_000) == {:ok, 1_200}
+  end
+
   # -- sources ------------------------------------------------------------------------------------
 
   test "a source that every kernel has forgotten is sent again, to whichever has the command" do

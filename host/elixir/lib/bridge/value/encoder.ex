@@ -423,7 +423,7 @@ defmodule Bridge.Value.Encoder do
   defp remedy(atom) when is_atom(atom), do: "Send a string: Atom.to_string(x)."
 
   defp remedy(fun) when is_function(fun) do
-    "Register it: Bridge.Tools.register(session, name, fun), and pass Bridge.Tools.tool(session, name)."
+    "Register it: Bridge.Tools.register(session, name, fun), and pass Bridge.Tools.tool!(session, name)."
   end
 
   defp remedy(%module{}) when module in [Range, Stream], do: "Convert it: Enum.to_list(x)."

@@ -233,7 +233,7 @@ def test_every_link_within_the_repository_leads_somewhere(page: Path) -> None:
 # -- guarantees --------------------------------------------------------------
 
 GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text()
-_PROOF = re.compile(r"`(?P<file>tests/[\w/]+\.py)(?:::(?P<name>\w+))?`")
+_PROOF = re.compile(r"`(?P<file>tests/[\w/]+\.py|host/elixir/test/[\w/]+_test\.exs)(?:::(?P<name>\w+))?`")
 
 
 def _defined(file: str) -> set[str]:
@@ -253,7 +253,7 @@ def test_every_test_that_proves_a_guarantee_is_there() -> None:
     assert len(proofs) > 50
     missing = [file for file, _ in proofs if not (ROOT / file).exists()]
     assert not missing
-    defined = {file: _defined(file) for file, _ in proofs}
+    defined = {file: _defined(file) for file, name in proofs if name is not None}
     assert [f"{file}::{name}" for file, name in proofs if name is not None and name not in defined[file]] == []
     assert all(name is None or name.lower().startswith("test") for _, name in proofs)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 from bench.latency import summary
-from bench.peers import PAYLOAD, RAW, Peer, Place, machine, open_peers
+from bench.peers import PAYLOAD, RAW, TIMED, Peer, Place, machine, open_peers
 from bench.report import measured
 from rich.table import Table
 
@@ -43,16 +43,6 @@ ROUND_TRIPS: Final = {
     "Elixir callback call_tool": "callback-call_tool",
     "Erlang port, Python echoes a line of JSON": "port-echo",
 }
-TIMED: Final = """
-{0}def {1}(ctx, payload, n):
-    from time import perf_counter_ns as now
-    durations = []
-    for _ in range(n):
-        began = now()
-        {2}
-        durations.append(now() - began)
-    return durations
-"""
 CALLBACKS: Final = {
     "get": TIMED.format("", "get", 'ctx.get_variable("x")'),
     "get_async": TIMED.format("async ", "get_async", 'await ctx.get_variable("x")'),

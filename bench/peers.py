@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from bridge_host import AsyncSession, Session
 
-__all__ = ("PAYLOAD", "RAW", "Launch", "Peer", "Place", "Transport", "launch", "machine", "open_peers")
+__all__ = ("PAYLOAD", "RAW", "TIMED", "Launch", "Peer", "Place", "Transport", "launch", "machine", "open_peers")
 
 Transport = Literal["ipc", "tcp"]
 
@@ -42,7 +42,7 @@ ANSWER_S: Final = 30.0
 LIBRARIES: Final = ("bridge-kernel", "ipykernel", "jupyter_client", "pyzmq", "grpcio", "msgspec")
 
 # One command, in which n callbacks are timed where they are made: in the kernel.
-_CALLBACKS: Final = """
+TIMED: Final = """
 {0}def {1}(ctx, payload, n):
     from time import perf_counter_ns as now
     durations = []
@@ -285,10 +285,10 @@ def _furnish(session: AsyncSession | Session) -> None:
     """Give the session what the commands below need."""
     session["x"] = PAYLOAD
     session.function("echo", "def echo(value):\n    return value\n")
-    session.function("get", _CALLBACKS.format("", "get", 'ctx.get_variable("x")'))
-    session.function("get_async", _CALLBACKS.format("async ", "get_async", 'await ctx.get_variable("x")'))
+    session.function("get", TIMED.format("", "get", 'ctx.get_variable("x")'))
+    session.function("get_async", TIMED.format("async ", "get_async", 'await ctx.get_variable("x")'))
     for tool in ("tool_async", "tool_sync"):
-        session.function(tool, _CALLBACKS.format("", tool, f'ctx.call_tool("{tool}", value=payload)'))
+        session.function(tool, TIMED.format("", tool, f'ctx.call_tool("{tool}", value=payload)'))
 
     def tool_sync(value: dict[str, Any]) -> dict[str, Any]:
         return value

@@ -21,7 +21,7 @@ defmodule Bench.RoundTrips do
     :ets.insert(table, {{"bench", "x"}, payload})
     state = %{session: session, payload: payload, port: echo(setting["python"]), table: table}
     {:ok, 1} = Bridge.call(session, "operator.index", [1])
-    [%{os_pid: pid}] = Bridge.kernels()
+    [%{os_pid: pid}] = Bridge.kernels!()
     IO.puts("up #{pid}")
     serve(state)
   end

@@ -38,12 +38,18 @@ defmodule Bridge do
   | `retries:` | how often a command runs again when its kernel dies | 2 |
   | `concurrency:` | how many commands a kernel runs at once | 64 |
   | `queue:` | how many commands may wait | 10,000 |
-  | `routing:` | `:fastest`, `:least_loaded`, `:random`, or a function | `:fastest` |
+  | `routing:` | `:fastest`, `:least_loaded`, `:random`, or a function of what is asked (`session`, `subject`) and the kernels (`id`, `in_flight`, `expected` ms), which gives the id of one | `:fastest` |
   | `heartbeat:` | how long a kernel may be silent before it is killed; `nil`: for ever | 30,000 |
   | `recycle:` | when a kernel is replaced: `%{commands:, age:, rss_bytes:}` | never |
-  | `breaker:` | when a command that fails its kernels is held back | see `Bridge.Pool.Breaker` |
+  | `breaker:` | when a command is held back: see below | `%{}` |
   | `start_timeout:`, `shutdown:` | how long a kernel may take to start, commands to end | 60,000 and 30,000 |
   | `on_output:` | takes what commands print, instead of the group leader of who asked | `nil` |
+
+  A command that keeps ending its kernels, or lets its deadlines pass without a word of them, is held back (`:circuit_open`)
+  for a while that doubles each time. `breaker:` says when: `%{kernel_failures: 3, command_failures: 5, cooldown: 10_000}` are
+  so many in a row on one kernel, on any, and how long at first. What Python code raises does not count, unless
+  `error_rate: 0.8` says that a command is to be held back when so many of its last `error_window: 20` calls failed. `nil` is
+  the default too. Apart from this, a command that has ended three kernels is quarantined: see `release/2`.
   """
 
   alias Bridge.{
@@ -53,6 +59,7 @@ defmodule Bridge do
     Inspected,
     Interrupted,
     Kernels,
+    Options,
     Pool,
     Recovery,
     Ref,
@@ -67,7 +74,9 @@ defmodule Bridge do
   @typedoc "By place, by name, or both: `[1, 2]`; `%{x: 1}` or `[x: 1]`; `{[1], %{x: 2}}`."
   @type arguments :: list() | map() | {list(), map()}
 
-  @calling [:bridge, :session, :deadline, :retries, :idempotency_key, :secrets, :kwargs, :name]
+  @calling [:bridge, :deadline, :retries, :idempotency_key, :secrets, :kwargs]
+
+  @inspecting [:bridge, :session, :deadline, :retries]
 
   # -- the processes ------------------------------------------------------------------------
 
@@ -76,26 +85,30 @@ defmodule Bridge do
 
   It does not wait for the kernels: commands do. `Bridge.doctor/1` says what is missing if they do not start. Options are
   in the module's documentation; a wrong one raises `ArgumentError`.
+
+  As every `start_link` it gives `{:error, {:already_started, pid}}` if one of that name runs (`Bridge.stop/2` ends it), and
+  takes a caller that does not trap exits with it where it cannot start, as with a store that another host has open.
   """
   @spec start_link(keyword()) :: Supervisor.on_start() | {:error, Error.t()}
   def start_link(opts \\ []) do
-    cfg = opts |> Keyword.put_new_lazy(:python, &python/0) |> Config.new!()
+    cfg = opts |> Keyword.put_new_lazy(:python, &Config.python/0) |> Config.new!()
     random = Base.encode16(:crypto.strong_rand_bytes(4), case: :lower)
     cfg = %{cfg | runtime_dir: Path.join(System.tmp_dir!(), "bridge-" <> random)}
 
-    case Bridge.Supervisor.start_link(cfg) do
-      {:error, {:shutdown, {:failed_to_start_child, _child, {:shutdown, %Error{} = error}}}} -> {:error, error}
-      {:error, {:shutdown, {:failed_to_start_child, _child, %Error{} = error}}} -> {:error, error}
-      other -> other
+    with {:ok, _json} <- Bridge.JSON.backend() do
+      case Bridge.Supervisor.start_link(cfg) do
+        {:error, {:shutdown, {:failed_to_start_child, _child, {:shutdown, %Error{} = error}}}} -> {:error, error}
+        {:error, {:shutdown, {:failed_to_start_child, _child, %Error{} = error}}} -> {:error, error}
+        other -> other
+      end
     end
   end
-
-  defp python, do: System.get_env("BRIDGE_PYTHON") || "python3"
 
   @doc false
   @spec child_spec(keyword()) :: Supervisor.child_spec()
   def child_spec(opts) do
-    %{id: Keyword.get(opts, :name, Bridge), start: {__MODULE__, :start_link, [opts]}, type: :supervisor}
+    start = {__MODULE__, :start_link, [Config.hide_env(opts)]}
+    %{id: Keyword.get(opts, :name, Bridge), start: start, type: :supervisor}
   end
 
   @doc """
@@ -146,6 +159,7 @@ defmodule Bridge do
   """
   @spec session(String.t() | nil, keyword()) :: Session.t()
   def session(id \\ nil, opts \\ []) do
+    with {:error, error} <- Options.check(opts, [:bridge]), do: raise(error)
     id = id || "session-" <> Base.encode16(:crypto.strong_rand_bytes(6), case: :lower)
     %Session{id: id, bridge: Keyword.get(opts, :bridge, Bridge)}
   end
@@ -155,11 +169,13 @@ defmodule Bridge do
 
   If its first parameter is called `ctx` or `session_context` it gets the session: `ctx["x"]`, `ctx.call_tool(…)`,
   `ctx.progress(…)`. `lm: true` for one that runs DSPy with the session's language model; `secrets: [name]` for the secrets
-  that it reads with `ctx.secret(name)`.
+  that it reads with `ctx.secret(name)`. That the source is Python is seen when it is first called.
   """
   @spec define(session(), String.t(), String.t(), keyword()) :: :ok | {:error, Error.t()}
   def define(session, name, source, opts \\ []) when is_binary(source) do
-    with :ok <- known(opts, [:bridge, :lm, :secrets]), {:ok, cfg, id} <- Session.locate(session, opts) do
+    with :ok <- Options.check(opts, [:bridge, :lm, :secrets]),
+         :ok <- defines(source, name),
+         {:ok, cfg, id} <- Session.locate(session, opts) do
       function = %{
         name: name,
         source: source,
@@ -168,6 +184,25 @@ defmodule Bridge do
       }
 
       SessionStore.put_function(cfg, id, function)
+    end
+  end
+
+  @doc "As `define/4`; raises what went wrong."
+  @spec define!(session(), String.t(), String.t(), keyword()) :: :ok
+  def define!(session, name, source, opts \\ []), do: bang(define(session, name, source, opts))
+
+  defp defines(source, name) do
+    cond do
+      not (is_binary(name) and name =~ ~r/\A[\p{L}_][\p{L}\p{N}_]*\z/u) ->
+        Error.error(:invalid_params, "#{inspect(name, printable_limit: 80)} is no name of a Python function",
+          remedy: "Name it like those: letters, digits and _."
+        )
+
+      not (source =~ ~r/^\s*(async\s+)?def\s+#{Regex.escape(name)}\s*[(\[]/mu) ->
+        Error.error(:invalid_params, "the source defines no function #{name}", remedy: "Give it one: def #{name}(…): …")
+
+      true ->
+        :ok
     end
   end
 
@@ -189,6 +224,10 @@ defmodule Bridge do
       Secrets.put_lm_key(cfg, id, model && own[:api_key])
     end
   end
+
+  @doc "As `lm/3`; raises what went wrong."
+  @spec lm!(session(), String.t() | nil, keyword()) :: :ok
+  def lm!(session, model, opts \\ []), do: bang(lm(session, model, opts))
 
   # -- commands -------------------------------------------------------------------------------------
 
@@ -232,7 +271,8 @@ defmodule Bridge do
     {on_return, opts} = Keyword.pop(opts, :on_return, fn _returned -> nil end)
 
     start = fn ->
-      with {:ok, cfg, id, request} <- request(:stream, session, function, args, opts),
+      with :ok <- Options.check(opts, @calling -- [:idempotency_key]),
+           {:ok, cfg, id, request} <- request(:stream, session, function, args, opts),
            do: Commands.stream(cfg, id, request, opts)
     end
 
@@ -240,7 +280,7 @@ defmodule Bridge do
   end
 
   defp request(kind, session, function, args, opts) do
-    with :ok <- known(opts, @calling),
+    with :ok <- Options.check(opts, @calling),
          {:ok, cfg, id} <- Session.locate(session, opts),
          {:ok, args, kwargs} <- arguments(args, opts) do
       {:ok, cfg, id, {kind, to_string(function), args, kwargs, secrets(opts)}}
@@ -255,7 +295,7 @@ defmodule Bridge do
   """
   @spec create_instance(String.t(), arguments(), keyword()) :: result(Ref.t())
   def create_instance(class, args \\ [], opts \\ []) do
-    with :ok <- known(opts, @calling),
+    with :ok <- Options.check(opts, [:session, :name | @calling]),
          {:ok, cfg, id} <- Session.locate(opts[:session], opts),
          {:ok, args, kwargs} <- arguments(args, opts) do
       ref = Base.encode16(:crypto.strong_rand_bytes(6), case: :lower)
@@ -276,7 +316,7 @@ defmodule Bridge do
   """
   @spec call_method(Ref.t(), String.t(), arguments(), keyword()) :: result(term())
   def call_method(%Ref{} = ref, method, args \\ [], opts \\ []) do
-    with :ok <- known(opts, @calling),
+    with :ok <- Options.check(opts, [:session | @calling]),
          {:ok, cfg, id} <- owner(ref, opts),
          {:ok, args, kwargs} <- arguments(args, opts) do
       Commands.run(cfg, id, {:method, ref.id, to_string(method), args, kwargs, secrets(opts)}, opts)
@@ -295,6 +335,10 @@ defmodule Bridge do
     end
   end
 
+  @doc "As `instance/3`; raises what went wrong."
+  @spec instance!(session(), String.t(), keyword()) :: Ref.t()
+  def instance!(session, name, opts \\ []), do: bang(instance(session, name, opts))
+
   @doc "The instances of a session."
   @spec instances(session(), keyword()) :: result([Ref.t()])
   def instances(session, opts \\ []) do
@@ -306,6 +350,10 @@ defmodule Bridge do
     end
   end
 
+  @doc "As `instances/2`; raises what went wrong."
+  @spec instances!(session(), keyword()) :: [Ref.t()]
+  def instances!(session, opts \\ []), do: bang(instances(session, opts))
+
   @doc """
   What Python says of a dotted name, a function of the session's (`session:`), or an instance: signature, documentation,
   members.
@@ -314,13 +362,13 @@ defmodule Bridge do
   def inspect_object(target, opts \\ [])
 
   def inspect_object(%Ref{} = ref, opts) do
-    with :ok <- known(opts, @calling), {:ok, cfg, id} <- owner(ref, opts) do
+    with :ok <- Options.check(opts, @inspecting), {:ok, cfg, id} <- owner(ref, opts) do
       Commands.run(cfg, id, {:inspect, {:ref, ref.id}}, opts)
     end
   end
 
   def inspect_object(path, opts) when is_binary(path) do
-    with :ok <- known(opts, @calling), {:ok, cfg, id} <- Session.locate(opts[:session], opts) do
+    with :ok <- Options.check(opts, @inspecting), {:ok, cfg, id} <- Session.locate(opts[:session], opts) do
       Commands.run(cfg, id, {:inspect, {:path, path}}, opts)
     end
   end
@@ -344,6 +392,10 @@ defmodule Bridge do
   @spec interrupted(keyword()) :: result([Interrupted.t()])
   def interrupted(opts \\ []), do: with({:ok, cfg} <- config(opts), do: {:ok, Recovery.interrupted(cfg)})
 
+  @doc "As `interrupted/1`; raises what went wrong."
+  @spec interrupted!(keyword()) :: [Interrupted.t()]
+  def interrupted!(opts \\ []), do: bang(interrupted(opts))
+
   @doc """
   Runs an interrupted command again, its tools' replies taken from the journal; its result. Register the session's tools
   first.
@@ -353,13 +405,17 @@ defmodule Bridge do
   """
   @spec resume(String.t(), keyword()) :: result(term())
   def resume(id, opts \\ []) do
-    with :ok <- known(opts, [:bridge, :replies, :rerun, :deadline, :retries]),
+    with :ok <- Options.check(opts, [:bridge, :replies, :rerun, :deadline, :retries]),
          {:ok, cfg} <- config(opts),
          {:ok, command} <- Recovery.find(cfg, id),
          :ok <- resumable(command) do
       Commands.resume(cfg, command, Map.new(opts[:replies] || %{}), opts[:rerun] || [], opts)
     end
   end
+
+  @doc "As `resume/2`; raises what went wrong."
+  @spec resume!(String.t(), keyword()) :: term()
+  def resume!(id, opts \\ []), do: bang(resume(id, opts))
 
   defp resumable(%{method: "function.stream"} = command) do
     Error.error(:invalid_params, "#{command.subject} is a stream, which nobody reads any more",
@@ -372,19 +428,30 @@ defmodule Bridge do
   @doc "Forgets an interrupted command; nothing that it wrote is kept."
   @spec drop(String.t(), keyword()) :: :ok | {:error, Error.t()}
   def drop(id, opts \\ []) do
-    with {:ok, cfg} <- config(opts), {:ok, _command} <- Recovery.find(cfg, id), do: SessionStore.drop(cfg, id)
+    with :ok <- Options.check(opts, [:bridge]), {:ok, cfg} <- config(opts), {:ok, _command} <- Recovery.find(cfg, id) do
+      SessionStore.drop(cfg, id)
+    end
   end
 
   @doc "The commands that ran, of one session (`session:`) or of all: the last 10,000, and those that run."
-  @spec journal(keyword()) :: [map()]
+  @spec journal(keyword()) :: result([map()])
   def journal(opts \\ []) do
-    session = with %Session{id: id} <- opts[:session], do: id
-    SessionStore.journal(config!(opts), session)
+    with :ok <- Options.check(opts, [:bridge, :session]), {:ok, cfg} <- config(opts) do
+      {:ok, SessionStore.journal(cfg, opts[:session] && id_of(opts[:session]))}
+    end
   end
 
+  @doc "As `journal/1`; raises what went wrong."
+  @spec journal!(keyword()) :: [map()]
+  def journal!(opts \\ []), do: bang(journal(opts))
+
   @doc "The commands that ended every kernel they met, and are not run again until they are let out (`release/2`)."
-  @spec quarantine(keyword()) :: [map()]
-  def quarantine(opts \\ []), do: Pool.quarantine(config!(opts))
+  @spec quarantine(keyword()) :: result([map()])
+  def quarantine(opts \\ []), do: with({:ok, cfg} <- config(opts), do: {:ok, Pool.quarantine(cfg)})
+
+  @doc "As `quarantine/1`; raises what went wrong."
+  @spec quarantine!(keyword()) :: [map()]
+  def quarantine!(opts \\ []), do: bang(quarantine(opts))
 
   @doc "Lets every command of that name out of the quarantine."
   @spec release(String.t(), keyword()) :: :ok | {:error, Error.t()}
@@ -392,13 +459,21 @@ defmodule Bridge do
 
   # -- kernels ----------------------------------------------------------------------------------------
 
-  @doc "Each kernel: `id`, `pid`, `os_pid`, `state`, `in_flight`, `completed`, `rss`, `age`."
-  @spec kernels(keyword()) :: [map()]
-  def kernels(opts \\ []), do: status(opts).kernels
+  @doc "Each kernel that is ready: `id`, `pid`, `os_pid`, `state`, `in_flight`, `completed`, `rss`, `age`."
+  @spec kernels(keyword()) :: result([map()])
+  def kernels(opts \\ []), do: with({:ok, status} <- status(opts), do: {:ok, status.kernels})
+
+  @doc "As `kernels/1`; raises what went wrong."
+  @spec kernels!(keyword()) :: [map()]
+  def kernels!(opts \\ []), do: bang(kernels(opts))
 
   @doc "The pool: kernels, how many commands run, how many wait."
-  @spec status(keyword()) :: map()
-  def status(opts \\ []), do: opts |> config!() |> Pool.status() |> bang()
+  @spec status(keyword()) :: result(map())
+  def status(opts \\ []), do: with({:ok, cfg} <- config(opts), do: Pool.status(cfg))
+
+  @doc "As `status/1`; raises what went wrong."
+  @spec status!(keyword()) :: map()
+  def status!(opts \\ []), do: bang(status(opts))
 
   @doc "Has so many kernels: more are started, too many finish what they run and go. Does not wait."
   @spec scale(non_neg_integer(), keyword()) :: :ok | {:error, Error.t()}
@@ -409,35 +484,61 @@ defmodule Bridge do
   @doc "Replaces a kernel, by its id, or all: each finishes what it runs, and another takes its place."
   @spec restart(String.t() | :all, keyword()) :: :ok | {:error, Error.t()}
   def restart(id \\ :all, opts \\ []) do
-    case Enum.filter(kernels(opts), &(id in [:all, &1.id])) do
-      [] when id != :all -> Error.error(:not_found, "there is no kernel #{inspect(id)}")
-      found -> Enum.each(found, &send(&1.pid, {:bridge_recycle, "restart"}))
+    with {:ok, kernels} <- kernels(opts) do
+      case Enum.filter(kernels, &(id in [:all, &1.id])) do
+        [] when id != :all ->
+          there = if kernels == [], do: "none", else: Enum.map_join(kernels, ", ", & &1.id)
+          Error.error(:not_found, "there is no kernel #{inspect(id)}", remedy: "There is: #{there}.")
+
+        found ->
+          Enum.each(found, &send(&1.pid, {:bridge_recycle, "restart"}))
+      end
     end
   end
 
-  @doc "What each kernel says it uses and has done, by its id."
-  @spec stats(keyword()) :: %{String.t() => map()}
+  @doc "What each kernel says it uses and has done, by its id; an error of one that does not answer."
+  @spec stats(keyword()) :: result(%{String.t() => map() | Error.t()})
   def stats(opts \\ []) do
-    for %{id: id, pid: pid} <- kernels(opts), {:ok, stats, _} <- [Bridge.Kernel.ask(pid, "kernel.stats")], into: %{} do
-      {id, stats}
+    with {:ok, kernels} <- kernels(opts) do
+      asked = Task.async_stream(kernels, &Bridge.Kernel.ask(&1.pid, "kernel.stats"), ordered: true, timeout: :infinity)
+
+      {:ok,
+       for {%{id: id}, {:ok, answer}} <- Enum.zip(kernels, asked), into: %{} do
+         case answer do
+           {:ok, stats, _buffers} -> {id, stats}
+           {:error, error} -> {id, error}
+         end
+       end}
     end
   end
+
+  @doc "As `stats/1`; raises what went wrong."
+  @spec stats!(keyword()) :: %{String.t() => map() | Error.t()}
+  def stats!(opts \\ []), do: bang(stats(opts))
 
   @doc "The contract, as a kernel tells it: an OpenRPC document."
   @spec contract(keyword()) :: result(map())
   def contract(opts \\ []) do
-    case kernels(opts) do
-      [%{pid: pid} | _] ->
-        case Bridge.Kernel.ask(pid, "rpc.discover") do
-          {:ok, %{"document" => %{} = document}, _} -> {:ok, document}
-          {:ok, _other, _} -> Error.error(:internal_error, "the kernel's answer does not fit the contract")
-          {:error, error} -> {:error, error}
-        end
+    with {:ok, kernels} <- kernels(opts) do
+      case kernels do
+        [%{pid: pid} | _] ->
+          case Bridge.Kernel.ask(pid, "rpc.discover") do
+            {:ok, %{"document" => %{} = document}, _} -> {:ok, document}
+            {:ok, _other, _} -> Error.error(:internal_error, "the kernel's answer does not fit the contract")
+            {:error, error} -> {:error, error}
+          end
 
-      [] ->
-        Error.error(:kernel_died, "there is no kernel to ask")
+        [] ->
+          Error.error(:overloaded, "there is no kernel to ask",
+            remedy: "Wait until one is ready, or start one: Bridge.scale(1)."
+          )
+      end
     end
   end
+
+  @doc "As `contract/1`; raises what went wrong."
+  @spec contract!(keyword()) :: map()
+  def contract!(opts \\ []), do: bang(contract(opts))
 
   # -- files ------------------------------------------------------------------------------------------
 
@@ -446,16 +547,32 @@ defmodule Bridge do
   secrets only the names. `history: true` writes the variables' earlier versions too.
   """
   @spec export(Path.t(), keyword()) :: :ok | {:error, Error.t()}
-  def export(path, opts \\ []), do: Store.Exchange.export(path, opts)
+  def export(path, opts \\ []) do
+    with :ok <- Options.check(opts, [:bridge, :sessions, :history]), do: Store.Exchange.export(path, opts)
+  end
+
+  @doc "As `export/2`; raises what went wrong."
+  @spec export!(Path.t(), keyword()) :: :ok
+  def export!(path, opts \\ []), do: bang(export(path, opts))
 
   @doc "Adds the sessions of an exported file, of either host; their ids."
   @spec import(Path.t(), keyword()) :: result([String.t()])
-  def import(path, opts \\ []), do: Store.Exchange.import(path, opts)
+  def import(path, opts \\ []) do
+    with :ok <- Options.check(opts, [:bridge]), do: Store.Exchange.import(path, opts)
+  end
+
+  @doc "As `import/2`; raises what went wrong."
+  @spec import!(Path.t(), keyword()) :: [String.t()]
+  def import!(path, opts \\ []), do: bang(__MODULE__.import(path, opts))
 
   # -- small things ---------------------------------------------------------------------------------------
 
-  defp config(opts), do: Config.fetch(Keyword.get(opts, :bridge, Bridge))
-  defp config!(opts), do: bang(config(opts))
+  # Whose every option has been looked at, or that has no other than this.
+  defp config(opts) do
+    with :ok <- Options.check(opts, [:bridge, :session, :replies, :rerun, :deadline, :retries]) do
+      Config.fetch(Keyword.get(opts, :bridge, Bridge))
+    end
+  end
 
   defp owner(%Ref{session: session, bridge: bridge} = ref, opts) do
     cond do
@@ -475,20 +592,42 @@ defmodule Bridge do
 
   defp secrets(opts), do: Enum.map(opts[:secrets] || [], &to_string/1)
 
-  defp arguments({args, kwargs}, opts) when is_list(args), do: named(args, Enum.concat(kwargs, opts[:kwargs] || []))
-  defp arguments(%{} = kwargs, opts) when not is_struct(kwargs), do: named([], Enum.concat(kwargs, opts[:kwargs] || []))
-
-  defp arguments(args, opts) when is_list(args) do
-    # `question: "…"` is how Elixir names arguments; a tuple that begins with an atom could not cross anyway.
-    if args != [] and Keyword.keyword?(args),
-      do: named([], Enum.concat(args, opts[:kwargs] || [])),
-      else: named(args, opts[:kwargs] || [])
+  defp arguments(args, opts) do
+    with {:ok, args, given} <- split(args), {:ok, more} <- pairs(opts[:kwargs] || []), do: named(args, given ++ more)
   end
 
-  defp arguments(other, _opts) do
-    Error.error(
-      :invalid_params,
-      "arguments are a list, a map, or {list, map}, not #{inspect(other, printable_limit: 80)}"
+  defp split({args, kwargs}) when is_list(args), do: with({:ok, pairs} <- pairs(kwargs), do: {:ok, args, pairs})
+  # `question: "…"` is how Elixir names arguments; a tuple that begins with an atom could not cross anyway.
+  defp split([_ | _] = args), do: if(Keyword.keyword?(args), do: {:ok, [], args}, else: {:ok, args, []})
+  defp split([]), do: {:ok, [], []}
+  defp split(%{} = kwargs) when not is_struct(kwargs), do: with({:ok, pairs} <- pairs(kwargs), do: {:ok, [], pairs})
+  defp split(other), do: wrong_arguments("arguments are a list, a map, or {list, map}", other)
+
+  defp pairs(kwargs) when is_list(kwargs) or (is_map(kwargs) and not is_struct(kwargs)) do
+    named? = fn
+      {name, _value} -> is_atom(name) or is_binary(name)
+      _other -> false
+    end
+
+    if Enum.all?(kwargs, named?),
+      do: {:ok, Enum.to_list(kwargs)},
+      else: wrong_arguments("named arguments have names", kwargs)
+  end
+
+  defp pairs(other), do: wrong_arguments("named arguments are a map or a keyword list", other)
+
+  # What was given may be anything, also what nobody is to see.
+  defp wrong_arguments(rule, given) do
+    kind =
+      cond do
+        is_list(given) -> "a list of others"
+        is_struct(given) -> "a #{inspect(given.__struct__)}"
+        is_map(given) -> "a map of others"
+        true -> inspect(given, limit: 3, printable_limit: 40)
+      end
+
+    Error.error(:invalid_params, "#{rule}: that is #{kind}",
+      remedy: "Give them by place, by name or both: [1, 2], %{x: 1} or [x: 1], {[1], %{x: 2}}."
     )
   end
 
@@ -501,19 +640,7 @@ defmodule Bridge do
       else: Error.error(:invalid_params, "an argument was given twice: #{Enum.map_join(pairs, ", ", &elem(&1, 0))}")
   end
 
-  defp known(opts, options) do
-    case Keyword.keys(opts) -- options do
-      [] ->
-        :ok
-
-      [more | _] ->
-        Error.error(
-          :invalid_params,
-          "there is no option #{inspect(more)}: there are #{Enum.map_join(options, ", ", &inspect/1)}"
-        )
-    end
-  end
-
+  defp bang(:ok), do: :ok
   defp bang({:ok, value}), do: value
   defp bang({:error, error}), do: raise(error)
 end

@@ -133,11 +133,11 @@ defmodule Bridge.ChaosTest do
   end
 
   defp idle(bridge) do
-    eventually(fn -> "nothing runs any more, but #{inspect(Bridge.status(bridge: bridge))}" end, fn ->
+    eventually(fn -> "nothing runs any more, but #{inspect(Bridge.status!(bridge: bridge))}" end, fn ->
       busy =
         for role <- [:commands, :tool_tasks], do: DynamicSupervisor.count_children(Config.process(bridge, role)).active
 
-      %{running: running, waiting: waiting} = Bridge.status(bridge: bridge)
+      %{running: running, waiting: waiting} = Bridge.status!(bridge: bridge)
       busy == [0, 0] and running == 0 and waiting == 0
     end)
   end
@@ -159,7 +159,7 @@ defmodule Bridge.ChaosTest do
     if now() < until do
       what = Enum.at([:kill, :stop, :cut, :process], what - 1)
       # Only those that are ready: one that is stopped while it starts holds its place up for as long as it may take.
-      kernels = Bridge.kernels(bridge: run.bridge)
+      kernels = Bridge.kernels!(bridge: run.bridge)
       if kernels != [], do: happen(what, Enum.at(kernels, rem(which, length(kernels))))
       faults(run, mark, chance, until, Map.update(counts, if(kernels == [], do: :none, else: what), 1, &(&1 + 1)))
     else

@@ -84,7 +84,8 @@ defmodule Bridge.GenTest do
     assert counter.create(%{a: 1}, session: "s") ==
              {:create_instance, "collections.Counter", %{a: 1}, [session: "s"]}
 
-    assert counter.most_common(:ref, n: 2) == {:call_method, :ref, "most_common", [], [kwargs: [n: 2]]}
+    assert counter.most_common(:ref, n: 2) == {:call_method, :ref, "most_common", [n: 2], []}
+    assert counter.most_common(:ref, [2]) == {:call_method, :ref, "most_common", [2], []}
     assert counter.setdefault(:ref, "x", [5]) == {:call_method, :ref, "setdefault", ["x", 5], []}
     assert counter.total(:ref, deadline: 5_000) == {:call_method, :ref, "total", [], [deadline: 5_000]}
     assert counter.fromkeys(:ref, ["a"], v: 1) == {:call_method, :ref, "fromkeys", [["a"]], [kwargs: [v: 1]]}

@@ -50,6 +50,8 @@ defmodule Mix.Tasks.Bridge.GenTest do
     for {arguments, message} <- [
           {[], ~r/takes a module and a Python name/},
           {["dspy.Predict", "dspy.Predict"], ~r/no module's name/},
+          {["Kernel", "math"], ~r/there is a module Kernel already/},
+          {["Mix.Project", "math"], ~r/there is a module Mix.Project already/},
           {["C", "c", "--bogus"], ~r/--bogus is no option/},
           {["C", "c", "--python"], ~r/--python is no option/},
           {["C", "c", "--inspected", __ENV__.file], ~r/holds no answer/}

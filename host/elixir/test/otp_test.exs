@@ -46,7 +46,7 @@ defmodule Bridge.OtpTest do
 
   defp working(bridge) do
     eventually("a kernel has a command", fn ->
-      Enum.find(Bridge.kernels(bridge: bridge), &(&1.in_flight > 0))
+      Enum.find(Bridge.kernels!(bridge: bridge), &(&1.in_flight > 0))
     end)
   end
 
@@ -59,11 +59,11 @@ defmodule Bridge.OtpTest do
     signal(killed.os_pid, "KILL")
 
     eventually("there is another in its place", fn ->
-      kernels = Bridge.kernels(bridge: bridge)
+      kernels = Bridge.kernels!(bridge: bridge)
       length(kernels) == 2 and killed.os_pid not in Enum.map(kernels, & &1.os_pid)
     end)
 
-    same = Enum.find(Bridge.kernels(bridge: bridge), &(&1.id == other.id))
+    same = Enum.find(Bridge.kernels!(bridge: bridge), &(&1.id == other.id))
     assert {same.pid, same.os_pid} == {other.pid, other.os_pid}
     assert children(bridge) == before
     assert {:ok, 5.0} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge)
@@ -82,7 +82,7 @@ defmodule Bridge.OtpTest do
       command = Task.async(fn -> Bridge.call("s", "held", [path], bridge: bridge) end)
       assert_receive {:arrived, tool}, 30_000
       send(tool, :go_on)
-      eventually("the write has come", fn -> match?([%{in_flight: 1}], Bridge.kernels(bridge: bridge)) end)
+      eventually("the write has come", fn -> match?([%{in_flight: 1}], Bridge.kernels!(bridge: bridge)) end)
 
       unquote(crash).(pid)
       eventually("its Python has ended", fn -> not alive?(os_pid) end)
@@ -157,7 +157,7 @@ defmodule Bridge.OtpTest do
     assert_receive {:arrived, tool}, 30_000
     send(tool, :go_on)
     # The reply has come, and been used.
-    eventually("the write has come", fn -> match?([%{in_flight: 1}], Bridge.kernels(bridge: bridge)) end)
+    eventually("the write has come", fn -> match?([%{in_flight: 1}], Bridge.kernels!(bridge: bridge)) end)
     eventually("its tool has ended", fn -> not Process.alive?(tool) end)
     signal(os_pid, "KILL")
     assert {:error, %Error{name: :circuit_open}} = Task.await(command, 60_000)
@@ -231,7 +231,7 @@ defmodule Bridge.OtpTest do
     assert marked(mark) == []
     assert {:error, %Error{name: :host_closed}} = Bridge.call("s", "both", [], bridge: one)
     assert Bridge.call("s", "both", [], bridge: other) == {:ok, [2, 2]}
-    assert [%{id: id}] = Bridge.kernels(bridge: other)
+    assert [%{id: id}] = Bridge.kernels!(bridge: other)
     assert id == kernel.id
   end
 
@@ -256,7 +256,7 @@ defmodule Bridge.OtpTest do
     tables = for role <- [:tools, :store], do: Config.process(bridge, role)
 
     stopping = Task.async(fn -> Bridge.stop(bridge) end)
-    eventually("it is closed", fn -> Bridge.status(bridge: bridge).closed end)
+    eventually("it is closed", fn -> Bridge.status!(bridge: bridge).closed end)
     assert {:error, %Error{name: :host_closed}} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge)
     assert Task.yield(stopping, 0) == nil
 
@@ -328,7 +328,7 @@ defmodule Bridge.OtpTest do
   {opts, []} = Code.eval_string(System.fetch_env!("OPTIONS"))
   {:ok, _} = Bridge.start_link(opts)
   report = fn report ->
-    case Bridge.kernels(bridge: opts[:name]) do
+    case Bridge.kernels!(bridge: opts[:name]) do
       [one, other] -> IO.puts("kernels \#{one.os_pid} \#{other.os_pid}")
       _starting -> report.(report)
     end
@@ -394,7 +394,7 @@ defmodule Bridge.OtpTest do
     Process.exit(caller, :kill)
     assert_receive {:DOWN, ^monitor, :process, _, _}, 30_000
     eventually("Python was told", fn -> File.exists?(path) end)
-    eventually("its place is free", fn -> Bridge.status(bridge: bridge).running == 0 end)
+    eventually("its place is free", fn -> Bridge.status!(bridge: bridge).running == 0 end)
     assert DynamicSupervisor.count_children(Config.process(bridge, :commands)).active == 0
     assert {:ok, 5.0} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge)
   end
@@ -440,7 +440,7 @@ defmodule Bridge.OtpTest do
     send(tool, :go_on)
     assert Task.await(bystander, 60_000) == {:ok, "done"}
     assert children(bridge) == before
-    assert [%{id: id}] = Bridge.kernels(bridge: bridge)
+    assert [%{id: id}] = Bridge.kernels!(bridge: bridge)
     assert id == kernel.id
     assert Task.Supervisor.children(Config.process(bridge, :tool_tasks)) == []
   end

@@ -188,7 +188,7 @@ defmodule Bridge.PrivacyTest do
         held = Task.async(fn -> Bridge.call("s", "leak", [@given, "hold"], on) end)
         assert_receive {:waiting, tool}, 20_000
 
-        [%{os_pid: os_pid}] = Bridge.kernels(on)
+        [%{os_pid: os_pid}] = Bridge.kernels!(on)
         connection = File.read!(Path.wildcard(Path.join(cfg.runtime_dir, "*/*.json")) |> hd())
         {:ok, %{"key" => connection_key}} = Bridge.JSON.decode(connection)
         process = Enum.map(["cmdline", "environ"], &File.read!("/proc/#{os_pid}/#{&1}"))
@@ -214,7 +214,7 @@ defmodule Bridge.PrivacyTest do
           summary: [shown(Telemetry.summary(bridge)), raw(Telemetry.summary(bridge)), shown(waterfall)],
           errors: [Exception.message(error), shown(error)],
           export: [File.read!(path)],
-          told: Enum.map([Bridge.journal(on), Bridge.interrupted(on), Bridge.status(on), cfg], &shown/1),
+          told: Enum.map([Bridge.journal!(on), Bridge.interrupted(on), Bridge.status!(on), cfg], &shown/1),
           "kernels' logs": cfg.runtime_dir |> Path.join("*/*.log") |> Path.wildcard() |> Enum.map(&File.read!/1)
         ]
 

@@ -178,7 +178,7 @@ defmodule Bridge.SoakTest do
     }
   end
 
-  defp kernels(bridge), do: Bridge.kernels(bridge: bridge)
+  defp kernels(bridge), do: Bridge.kernels!(bridge: bridge)
 
   # Those that are there as long as the bridge is.
   defp ours?(pid, bridge) do
@@ -203,7 +203,7 @@ defmodule Bridge.SoakTest do
       busy =
         for role <- [:commands, :tool_tasks], do: DynamicSupervisor.count_children(Config.process(bridge, role)).active
 
-      busy == [0, 0] and Bridge.status(bridge: bridge).running == 0
+      busy == [0, 0] and Bridge.status!(bridge: bridge).running == 0
     end)
   end
 

@@ -158,14 +158,14 @@ defmodule Bridge.ToolsTest do
       assert message =~ said
     end
 
-    assert Tools.list("s", at) == []
+    assert Tools.list!("s", at) == []
   end
 
   describe "the registry" do
     test "has the tools of each session by name, and what is passed as an argument", %{at: at} do
       for session <- ["a", "b"], name <- ["two", "one"], do: :ok = Tools.register(session, name, & &1, at)
       :ok = Tools.register("a", "one", fn -> 1 end, [description: "One.\nTruly.", idempotent: true, timeout: 5] ++ at)
-      assert Enum.map(Tools.list("a", at), & &1.name) == ["one", "two"]
+      assert Enum.map(Tools.list!("a", at), & &1.name) == ["one", "two"]
       assert {:ok, %{idempotent: true, timeout: 5, description: "One.\nTruly."} = tool} = Tools.fetch("a", "one", at)
       assert inspect(tool) == "#Bridge.Tool<one (): One.>"
       assert %{__struct__: Bridge.Tool, name: "one", schema: %{"properties" => %{}}} = Tools.tool!("a", "one", at)
@@ -174,7 +174,7 @@ defmodule Bridge.ToolsTest do
       assert remedy =~ "Bridge.Tools.list"
       assert {:error, %Error{name: :not_found}} = Tools.unregister("a", "one", at)
       assert_raise Error, fn -> Tools.tool!("a", "one", at) end
-      assert length(Tools.list("b", at)) == 2
+      assert length(Tools.list!("b", at)) == 2
     end
 
     test "takes a session as well as its id", %{at: at} do
@@ -187,7 +187,7 @@ defmodule Bridge.ToolsTest do
       for n <- 1..20, do: :ok = Tools.register("gone", "t#{n}", & &1, at)
       :ok = Tools.register("stays", "t", & &1, at)
       :ok = Tools.forget("gone", at)
-      assert Tools.list("gone", at) == []
+      assert Tools.list!("gone", at) == []
       assert :ets.info(at[:bridge] |> Bridge.Config.process(:tools), :size) == 1
     end
 
@@ -203,7 +203,7 @@ defmodule Bridge.ToolsTest do
       :sys.suspend(owner)
       assert {:ok, _tool} = Tools.fetch("s", "t", at)
       assert {:error, %Error{name: :host_closed}} = Tools.fetch("s", "t", bridge: :never_started)
-      assert Tools.list("s", bridge: :never_started) == []
+      assert {:error, %Error{name: :host_closed}} = Tools.list("s", bridge: :never_started)
     end
   end
 

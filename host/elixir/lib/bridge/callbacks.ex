@@ -227,12 +227,7 @@ defmodule Bridge.Callbacks do
   end
 
   defp read(state, "session.get_many", names) do
-    found =
-      for name <- Enum.uniq(names),
-          {:ok, value, version} <- [Staged.fetch(state.staged, state.cfg, state.session, name)],
-          into: %{},
-          do: {name, {value, version}}
-
+    found = Staged.fetch_many(state.staged, state.cfg, state.session, Enum.uniq(names))
     {values_reply(found), own(state, Map.new(found, fn {name, {_, version}} -> {name, version} end))}
   end
 
@@ -256,7 +251,7 @@ defmodule Bridge.Callbacks do
 
   defp read(state, "tool.list", _asked) do
     tools =
-      for tool <- Tools.list(state.session, bridge: state.cfg.name) do
+      for tool <- Tools.list!(state.session, bridge: state.cfg.name) do
         %{"name" => tool.name, "description" => tool.description, "schema" => tool.schema}
       end
 

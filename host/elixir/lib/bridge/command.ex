@@ -190,6 +190,8 @@ defmodule Bridge.Command do
   defp attempt(state, place) do
     ref = make_ref()
     attempt = if state.again?, do: state.attempt, else: state.attempt + 1
+    # A session that is deleted meanwhile is noticed at the end.
+    if attempt > 1, do: SessionStore.tried(state.cfg, state.id, attempt)
     remaining = Terms.left(state.terms)
 
     params =
@@ -447,10 +449,15 @@ defmodule Bridge.Command do
       Logger.warning("on_output failed: " <> Exception.format(kind, reason, trace))
   end
 
-  # What to do about these is this host's to say; a kernel says it as for the Python host.
-  defp in_our_words(%Error{name: name, type: "bridge." <> _} = error)
-       when name in [:deadline_exceeded, :policy_denied, :overloaded, :invalid_arguments] do
-    %{error | remedy: Error.new(name).remedy}
+  # What a kernel tells users of the Python host to do.
+  @for_python ["jupyter bridge", "repr(session)", "Host(", "session."]
+
+  defp in_our_words(%Error{type: "bridge." <> _} = error) do
+    if String.contains?(error.remedy, @for_python), do: %{error | remedy: Error.new(error.name).remedy}, else: error
+  end
+
+  defp in_our_words(%Error{message: "No LM is loaded" <> _} = error) do
+    %{error | remedy: "Give the session one: Bridge.lm(session, model, api_key: …)."}
   end
 
   defp in_our_words(error), do: error

@@ -4,8 +4,7 @@ defmodule Bridge.Config do
 
   alias Bridge.Error
 
-  # Its environment is where a kernel's API keys are.
-  @derive {Inspect, except: [:env]}
+  # Its environment is where a kernel's API keys are: in a function, which shows nothing, whoever shows it.
   @enforce_keys [:name]
   defstruct [
     :name,
@@ -17,7 +16,7 @@ defmodule Bridge.Config do
     :attach,
     kernels: 1,
     arguments: [],
-    env: %{},
+    env: nil,
     quota: %{},
     retries: 2,
     heartbeat: 30_000,
@@ -72,12 +71,16 @@ defmodule Bridge.Config do
   @doc "The options of `Bridge.start_link/1`, checked; ArgumentError says which is wrong and what it takes."
   @spec new!(keyword()) :: t()
   def new!(opts) do
-    case Keyword.keys(opts) -- @options do
-      [] ->
-        :ok
+    names = Keyword.keys(opts)
 
-      unknown ->
-        wrong("there is no option #{inspect(hd(unknown))}; there are #{Enum.map_join(@options, ", ", &inspect/1)}")
+    case Enum.reject(names, &(&1 in @options)) do
+      [] -> :ok
+      [name | _] -> wrong("there is no option #{inspect(name)}; there are #{Enum.map_join(@options, ", ", &inspect/1)}")
+    end
+
+    case names -- Enum.uniq(names) do
+      [] -> :ok
+      [name | _] -> wrong("#{name}: is given twice")
     end
 
     cfg = struct!(__MODULE__, Keyword.put_new(opts, :name, Bridge))
@@ -105,7 +108,7 @@ defmodule Bridge.Config do
     check(
       cfg.routing in @routings or is_function(cfg.routing, 2),
       :routing,
-      inspect(@routings) <> ", or a function",
+      inspect(@routings) <> ", or a function of what is asked and the kernels, which gives the id of one",
       cfg.routing
     )
 
@@ -144,20 +147,45 @@ defmodule Bridge.Config do
       Enum.all?(given, fn {name, value} -> name in names and (value == nil or whole?(value, 1)) end)
   end
 
-  defp env(env) do
-    if is_map(env) or is_list(env),
-      do: Map.new(env, fn {name, value} -> {to_string(name), value && to_string(value)} end),
-      else: wrong("env: is a map of strings")
+  defp env(nil), do: fn -> %{} end
+
+  defp env(env) when is_map(env) or is_list(env) do
+    if Enum.all?(env, &match?({_name, _value}, &1)) do
+      env = Map.new(env, fn {name, value} -> {to_string(name), value && to_string(value)} end)
+      fn -> env end
+    else
+      env(:other)
+    end
   end
+
+  # As it is hidden by `hide_env/1`.
+  defp env(env) when is_function(env, 0), do: env(env.())
+  defp env(_other), do: wrong("env: is a map of strings")
+
+  @doc "The same options, which show nothing of the environment: a supervisor's reports show how its children are started."
+  @spec hide_env(keyword()) :: keyword()
+  def hide_env(opts) do
+    case opts[:env] do
+      env when is_map(env) or is_list(env) -> Keyword.put(opts, :env, fn -> env end)
+      _none -> opts
+    end
+  end
+
+  @doc "The Python to start kernels with, if none is named."
+  @spec python() :: String.t()
+  def python, do: System.get_env("BRIDGE_PYTHON") || "python3"
 
   @doc "The options of a bridge that is running."
   @spec fetch(atom()) :: {:ok, t()} | {:error, Error.t()}
   def fetch(bridge) do
     case :persistent_term.get({__MODULE__, bridge}, nil) do
-      nil -> Error.error(:host_closed, "#{inspect(bridge)} is not running")
+      nil -> Error.error(:host_closed, "#{inspect(bridge)} is not running", remedy: start(bridge))
       cfg -> {:ok, cfg}
     end
   end
+
+  defp start(Bridge), do: Error.new(:host_closed).remedy
+  defp start(bridge), do: "Start it: Bridge.start_link(name: #{inspect(bridge)})."
 
   @spec put(t()) :: :ok
   def put(cfg), do: :persistent_term.put({__MODULE__, cfg.name}, cfg)

@@ -51,7 +51,7 @@ defmodule Bridge.Doctor do
   """
 
   @doc """
-  Look. `python:` is the Python to look at (that of the bridge named by `bridge:`, if it runs, else the one on the PATH),
+  Look. `python:` is the Python to look at (that of the bridge named by `bridge:`, if it runs, else what one would be started with),
   `timeout:` how many ms it may take to answer.
   """
   @spec run(keyword()) :: t()
@@ -74,7 +74,7 @@ defmodule Bridge.Doctor do
   defp python_of(bridge) do
     case Config.fetch(bridge) do
       {:ok, cfg} -> cfg.python
-      {:error, _not_running} -> nil
+      {:error, _not_running} -> Config.python()
     end
   end
 
@@ -96,7 +96,12 @@ defmodule Bridge.Doctor do
       else: ok("OTP", found, "")
   end
 
-  defp json, do: ok("JSON", inspect(Bridge.JSON.backend()), "")
+  defp json do
+    case Bridge.JSON.backend() do
+      {:ok, module} -> ok("JSON", inspect(module), "")
+      {:error, error} -> missing("JSON", nil, "what reads it", error.remedy)
+    end
+  end
 
   defp library(module, name, without, requirement) do
     if Code.ensure_loaded?(module) do

@@ -80,7 +80,7 @@ defmodule Bridge.Error do
      "Send \"jsonrpc\": \"2.0\" with a method, or with a result or an error and the id it answers."},
     {-32601, :method_not_found, false, "There is no such command.", "Bridge.contract() lists the commands."},
     {-32602, :invalid_params, false, "The parameters do not fit the command's schema.",
-     "Compare them with the command's schema: Bridge.contract()."},
+     "See what is taken: h Bridge.call in IEx, of the function that you called."},
     {-32603, :internal_error, false, "Something inside Bridge failed.", "Please report this, with the traceback."},
     {-32700, :parse_error, false, "The message is not JSON.",
      "Send one JSON-RPC 2.0 message as the comm message's data."}

@@ -8,8 +8,8 @@ defmodule Bridge.Gen do
   string.
 
   Arguments that Python requires are parameters. Those that have a default are a keyword list, `kwargs`; Bridge's own
-  options come after it, so that the two cannot be mixed up. `args` is there where Python takes any number of arguments, or
-  does not say what it takes. Attributes and properties are functions that read them.
+  options come after it, so that the two cannot be mixed up. Where none is required `args` takes them all, by place, by name
+  or both; it is there too where Python takes any number of arguments, or does not say what it takes. Attributes and properties are functions that read them.
   """
 
   alias Bridge.{Error, Inspected}
@@ -156,7 +156,7 @@ defmodule Bridge.Gen do
     open = role != :attribute and open?(member)
     named = role != :attribute and (optional != [] or free?(member))
 
-    either = open and given == []
+    either = given == [] and (open or named)
 
     # {parameter, type}, in order
     parameters =
@@ -171,14 +171,14 @@ defmodule Bridge.Gen do
 
     {head, spec} = Enum.unzip(parameters)
     with_names = if named and not either, do: "Keyword.put(opts, :kwargs, kwargs)", else: "opts"
-    passed = "#{positional(required, open)}, #{with_names}"
+    passed = "#{positional(required, open or either)}, #{with_names}"
 
     [
       "@doc \"\"\"\n",
       heredoc([
         member["summary"] || "",
         signature(role, path, python, member),
-        positional_doc(open, either and named, member),
+        positional_doc(open or either, either and named, member),
         keywords(optional, if(either, do: "args", else: "kwargs"))
       ]),
       "\"\"\"\n",

@@ -2,8 +2,8 @@ defmodule Bridge.JSON do
   @moduledoc """
   JSON as the wire has it: exact integers of any size, `1.0` that stays a float, and nothing that JSON lacks.
 
-  Text is read by what there is when Bridge is compiled: Elixir's own `JSON`, OTP's `:json`, Jason or `:jiffy`. It is
-  written here, so that all of them write the same and refuse the same.
+  Text is read by what there is: Elixir's own `JSON`, OTP's `:json`, Jason or `:jiffy`. It is written here, so that all of
+  them write the same and refuse the same.
 
       iex> Bridge.JSON.decode(~s({"a": [1, 1.0, null, 36893488147419103232]}))
       {:ok, %{"a" => [1, 1.0, nil, 36893488147419103232]}}
@@ -16,25 +16,41 @@ defmodule Bridge.JSON do
   @typedoc "What JSON has: objects are maps with string keys, null is nil."
   @type t :: nil | boolean() | integer() | float() | String.t() | [t()] | %{optional(String.t()) => t()}
 
-  # By the function too, for there is a package whose module is called JSON.
-  @backend [{JSON, 3}, {:json, 3}, {Jason, 2}, {:jiffy, 2}]
-           |> Enum.filter(fn {module, arity} ->
-             Code.ensure_loaded?(module) and function_exported?(module, :decode, arity)
-           end)
-           |> Enum.map(&elem(&1, 0))
-           |> List.first()
+  alias Bridge.Error
 
-  unless @backend do
-    raise "Bridge needs a JSON library: use Elixir 1.18 or OTP 27, or add Jason, or install erlang-jiffy"
-  end
+  # By the function too, for there is a package whose module is called JSON.
+  @backends [{JSON, 3}, {:json, 3}, {Jason, 2}, {:jiffy, 2}]
 
   # As Python's own limit.
   @max_digits 4300
   @most Integer.pow(10, @max_digits)
 
-  @doc "The module that reads JSON."
-  @spec backend() :: module()
-  def backend, do: @backend
+  @doc """
+  The module that reads JSON, or that there is none. Looked for when it is first needed, not when Bridge is compiled: Mix
+  may compile Bridge before the library that is to serve it.
+  """
+  @spec backend() :: {:ok, module()} | {:error, Error.t()}
+  def backend do
+    with nil <- :persistent_term.get(__MODULE__, nil), nil <- find() do
+      Error.error(:kernel_start_failed, "there is no JSON library",
+        remedy:
+          "Use Elixir 1.18 or OTP 27, or add {:jason, \"~> 1.4\"} to your dependencies, or install erlang-jiffy (Debian)."
+      )
+    else
+      module -> {:ok, module}
+    end
+  end
+
+  defp find do
+    found = Enum.find(@backends, fn {module, arity} -> Code.ensure_loaded?(module) and exports?(module, arity) end)
+
+    with {module, _arity} <- found do
+      :persistent_term.put(__MODULE__, module)
+      module
+    end
+  end
+
+  defp exports?(module, arity), do: function_exported?(module, :decode, arity)
 
   @doc """
   Reads one JSON text. Of members with the same name the last one counts, as in Python.
@@ -74,55 +90,55 @@ defmodule Bridge.JSON do
   defp after_string(<<_char, rest::binary>>), do: after_string(rest)
   defp after_string(<<>>), do: <<>>
 
-  # Called by backend(), not by its name: it is found here and not depended on, and Mix would say so.
-  case @backend do
-    :jiffy ->
-      defp read(text) do
-        {:ok, backend().decode(text, [:return_maps, :use_nil, :copy_strings])}
-      catch
-        # What is no JSON is an error, and a number that no float can hold is one too.
-        :error, _reason -> {:error, :invalid}
-      end
-
-    Jason ->
-      defp read(text) do
-        with {:error, _reason} <- backend().decode(text, strings: :copy), do: {:error, :invalid}
-      end
-
-    module when module in [JSON, :json] ->
-      # Members are collected newest first.
-      @decoders %{
-        null: nil,
-        string: &:binary.copy/1,
-        object_push: &__MODULE__.__push__/3,
-        object_finish: &__MODULE__.__finish__/2
-      }
-
-      @doc false
-      def __push__(key, value, members), do: [{key, value} | members]
-      @doc false
-      def __finish__(members, outer), do: {:maps.from_list(:lists.reverse(members)), outer}
-
-      if module == JSON do
-        defp parse(text), do: backend().decode(text, nil, Map.to_list(@decoders))
-      else
-        defp parse(text) do
-          backend().decode(text, nil, @decoders)
-        catch
-          :error, reason -> {:error, reason}
-        end
-      end
-
-      defp read(text) do
-        case parse(text) do
-          {:error, _reason} -> {:error, :invalid}
-          {term, _acc, rest} -> if blank?(rest), do: {:ok, term}, else: {:error, :invalid}
-        end
-      end
-
-      defp blank?(<<char, rest::binary>>) when char in [?\s, ?\t, ?\r, ?\n], do: blank?(rest)
-      defp blank?(rest), do: rest == ""
+  defp read(text) do
+    case backend() do
+      {:ok, module} -> read(module, text)
+      {:error, error} -> raise error
+    end
   end
+
+  # Called by a variable, not by its name: it is found here and not depended on, and Mix would say so.
+  defp read(:jiffy = module, text) do
+    {:ok, module.decode(text, [:return_maps, :use_nil, :copy_strings])}
+  catch
+    # What is no JSON is an error, and a number that no float can hold is one too.
+    :error, _reason -> {:error, :invalid}
+  end
+
+  defp read(Jason = module, text) do
+    with {:error, _reason} <- module.decode(text, strings: :copy), do: {:error, :invalid}
+  end
+
+  defp read(module, text) when module in [JSON, :json] do
+    case parse(module, text) do
+      {:error, _reason} -> {:error, :invalid}
+      {term, _acc, rest} -> if blank?(rest), do: {:ok, term}, else: {:error, :invalid}
+    end
+  end
+
+  # Members are collected newest first.
+  @decoders %{
+    null: nil,
+    string: &:binary.copy/1,
+    object_push: &__MODULE__.__push__/3,
+    object_finish: &__MODULE__.__finish__/2
+  }
+
+  @doc false
+  def __push__(key, value, members), do: [{key, value} | members]
+  @doc false
+  def __finish__(members, outer), do: {:maps.from_list(:lists.reverse(members)), outer}
+
+  defp parse(JSON = module, text), do: module.decode(text, nil, Map.to_list(@decoders))
+
+  defp parse(:json = module, text) do
+    module.decode(text, nil, @decoders)
+  catch
+    :error, reason -> {:error, reason}
+  end
+
+  defp blank?(<<char, rest::binary>>) when char in [?\s, ?\t, ?\r, ?\n], do: blank?(rest)
+  defp blank?(rest), do: rest == ""
 
   @doc """
   Writes a term, compact. Raises `ArgumentError` for what JSON lacks: other atoms, tuples, structs, keys that are no

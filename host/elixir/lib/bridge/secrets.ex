@@ -18,7 +18,7 @@ defmodule Bridge.Secrets do
   @doc "Keeps a secret, a string that is not empty, under that name."
   @spec put(SessionStore.session(), SessionStore.name(), String.t(), keyword()) :: :ok | {:error, Error.t()}
   def put(session, name, value, opts \\ []) do
-    with {:ok, cfg, id} <- SessionStore.target(session, opts),
+    with {:ok, cfg, id} <- SessionStore.asked(session, opts),
          {:ok, name} <- name(name),
          :ok <- check(value) do
       put_as(cfg, id, name, value)
@@ -37,17 +37,17 @@ defmodule Bridge.Secrets do
   @doc "The names of the session's secrets."
   @spec list(SessionStore.session(), keyword()) :: {:ok, [String.t()]} | {:error, Error.t()}
   def list(session, opts \\ []) do
-    with {:ok, cfg, id} <- SessionStore.target(session, opts),
-         {:ok, tables} <- Owner.tables(cfg),
-         {:ok, _session} <- Commit.session(tables, id) do
-      {:ok, Tables.names(tables, :secret, id) -- [@lm_key]}
+    with {:ok, cfg, id} <- SessionStore.asked(session, opts) do
+      SessionStore.reading(cfg, fn tables ->
+        with {:ok, _session} <- Commit.session(tables, id), do: {:ok, Tables.names(tables, :secret, id) -- [@lm_key]}
+      end)
     end
   end
 
   @doc "Forgets a secret; `:not_found` if there is none of that name."
   @spec delete(SessionStore.session(), SessionStore.name(), keyword()) :: :ok | {:error, Error.t()}
   def delete(session, name, opts \\ []) do
-    with {:ok, cfg, id} <- SessionStore.target(session, opts), {:ok, name} <- name(name), do: delete_as(cfg, id, name)
+    with {:ok, cfg, id} <- SessionStore.asked(session, opts), {:ok, name} <- name(name), do: delete_as(cfg, id, name)
   end
 
   @doc false
@@ -61,10 +61,8 @@ defmodule Bridge.Secrets do
       {:with_vault,
        fn vault, tables ->
          Enum.reduce_while(names, {:ok, %{}}, fn name, {:ok, found} ->
-           with {:ok, sealed} <- sealed(tables, session, name),
-                {:ok, clear} <- Vault.unseal(vault, sealed, place(session, name), "the secret #{inspect(name)}") do
-             {:cont, {:ok, Map.put(found, name, clear)}}
-           else
+           case clear(vault, tables, session, name) do
+             {:ok, clear} -> {:cont, {:ok, Map.put(found, name, clear)}}
              {:error, error} -> {:halt, {:error, error}}
            end
          end)
@@ -72,18 +70,38 @@ defmodule Bridge.Secrets do
     )
   end
 
+  defp clear(vault, tables, session, name) do
+    with {:ok, sealed} <- sealed(tables, session, name) do
+      Vault.unseal(vault, sealed, place(session, name), "the secret #{inspect(name)}")
+    end
+  end
+
   @doc false
-  # All that must be shown nowhere, however a kernel came by it. The store's owner unseals them: `[]` without asking it
-  # where there are none.
+  # All that must be shown nowhere, however a kernel came by it; of those that cannot be unsealed none has. It is asked for
+  # each batch of telemetry: the store's owner unseals them once, until one is set or deleted. They are kept in a function,
+  # which neither inspect nor Observer opens, in an ETS table, which no crash dump has.
   @spec all(struct(), String.t()) :: [String.t()]
   def all(cfg, session) do
-    with {:ok, tables} <- Owner.tables(cfg),
-         [_ | _] = names <- Tables.names(tables, :secret, session),
-         {:ok, secrets} <- for_command(cfg, session, names) do
-      Map.values(secrets)
-    else
-      _none_or_unreadable -> []
+    known =
+      SessionStore.reading(cfg, fn tables ->
+        with :error <- Tables.clear(tables, session),
+             [_ | _] <- Tables.names(tables, :secret, session),
+             do: Owner.call(cfg, {:with_vault, &unsealed(&1, &2, session)})
+      end)
+
+    case known do
+      {:ok, secrets} -> secrets.()
+      _none -> []
     end
+  end
+
+  defp unsealed(vault, tables, session) do
+    names = Tables.names(tables, :secret, session)
+    clear = for name <- names, {:ok, clear} <- [clear(vault, tables, session, name)], do: clear
+    secrets = fn -> clear end
+    # The key may be put back where it was, and they be given to a command.
+    if length(clear) == length(names), do: Tables.keep_clear(tables, session, secrets)
+    {:ok, secrets}
   end
 
   @doc false

@@ -18,6 +18,23 @@ defmodule Bridge.Session do
   def locate(nil, opts), do: locate("default", opts)
   def locate(session, opts), do: SessionStore.target(session, opts)
 
+  @doc false
+  # Which bridge it is of, and its id.
+  @spec whose(t() | String.t() | term(), keyword()) :: {:ok, atom(), term()} | {:error, Error.t()}
+  def whose(%__MODULE__{bridge: bridge, id: id}, opts) do
+    case Keyword.get(opts, :bridge, bridge) do
+      ^bridge ->
+        {:ok, bridge, id}
+
+      other ->
+        Error.error(:invalid_params, "session #{inspect(id)} is one of #{inspect(bridge)}, not of #{inspect(other)}",
+          remedy: "Leave bridge: out, or take the session of that id there: Bridge.session(id, bridge: …)."
+        )
+    end
+  end
+
+  def whose(id, opts), do: {:ok, Keyword.get(opts, :bridge, Bridge), id}
+
   defimpl Inspect do
     def inspect(session, _opts) do
       on = if session.bridge == Bridge, do: "", else: " of #{Kernel.inspect(session.bridge)}"

@@ -16,8 +16,8 @@ defmodule Bridge.SessionStore do
   says which bridge (`Bridge` by default). Names are strings; atoms are taken as theirs.
   """
 
-  alias Bridge.{Config, Error}
-  alias Bridge.Store.{Commit, Owner, Plain, Staged, Tables, Types}
+  alias Bridge.{Config, Error, Options}
+  alias Bridge.Store.{Commit, Owner, Plain, Tables, Types}
 
   @type session :: String.t() | struct()
   @type name :: String.t() | atom()
@@ -64,7 +64,9 @@ defmodule Bridge.SessionStore do
   def create_session(session \\ nil, opts \\ []) do
     session = session || "session-" <> Base.encode16(:crypto.strong_rand_bytes(6), case: :lower)
 
-    with {:ok, cfg, id} <- target(session, opts), {:ok, ttl} <- ttl(opts), do: Owner.call(cfg, {:create, id, ttl})
+    with {:ok, cfg, id} <- asked(session, opts, [:ttl]),
+         {:ok, ttl} <- ttl(opts),
+         do: Owner.call(cfg, {:create, id, ttl})
   end
 
   defp ttl(opts) do
@@ -90,7 +92,7 @@ defmodule Bridge.SessionStore do
   @doc "Forgets a session and all it owns, its part of the journal included."
   @spec delete_session(session(), keyword()) :: :ok | {:error, Error.t()}
   def delete_session(session, opts \\ []) do
-    with {:ok, cfg, id} <- target(session, opts), do: Owner.call(cfg, {:delete_session, id})
+    with {:ok, cfg, id} <- asked(session, opts), do: Owner.call(cfg, {:delete_session, id})
   end
 
   @doc """
@@ -98,7 +100,7 @@ defmodule Bridge.SessionStore do
   """
   @spec describe(session(), keyword()) :: result(map())
   def describe(session, opts \\ []) do
-    with {:ok, cfg, id} <- target(session, opts) do
+    with {:ok, cfg, id} <- asked(session, opts) do
       reading(cfg, fn tables ->
         with {:ok, known} <- Commit.session(tables, id) do
           {:ok,
@@ -132,17 +134,23 @@ defmodule Bridge.SessionStore do
   def set_variable(session, name, value, opts \\ []) do
     name = text(name)
 
-    with {:ok, versions} <- write(session, [{:set, name, value, Keyword.get(opts, :if_version)}], opts) do
+    with {:ok, cfg, id} <- asked(session, opts, [:if_version]),
+         {:ok, if_version} <- if_version(opts[:if_version]),
+         {:ok, versions} <- write(cfg, id, [{:set, name, value, if_version}]) do
       {:ok, Map.fetch!(versions, name)}
     end
   end
+
+  @doc "As `set_variable/4`, but it raises."
+  @spec set_variable!(session(), name(), term(), keyword()) :: pos_integer()
+  def set_variable!(session, name, value, opts \\ []), do: bang(set_variable(session, name, value, opts))
 
   @doc "Reads a variable; `:not_found` names what there is."
   @spec get_variable(session(), name(), keyword()) :: result(term())
   def get_variable(session, name, opts \\ []) do
     name = text(name)
 
-    with {:ok, cfg, id} <- target(session, opts) do
+    with {:ok, cfg, id} <- asked(session, opts) do
       reading(cfg, fn tables ->
         with :ok <- used(tables, id), {:ok, value, _version} <- found(tables, id, name), do: {:ok, value}
       end)
@@ -151,12 +159,7 @@ defmodule Bridge.SessionStore do
 
   @doc "As `get_variable/3`, but it raises."
   @spec get_variable!(session(), name(), keyword()) :: term()
-  def get_variable!(session, name, opts \\ []) do
-    case get_variable(session, name, opts) do
-      {:ok, value} -> value
-      {:error, error} -> raise error
-    end
-  end
+  def get_variable!(session, name, opts \\ []), do: bang(get_variable(session, name, opts))
 
   @doc """
   Writes several variables at once: all of them or, if one is refused, none. Returns their versions.
@@ -167,21 +170,29 @@ defmodule Bridge.SessionStore do
   @spec update_variables(session(), %{name() => term()} | [{name(), term()}], keyword()) ::
           result(%{String.t() => pos_integer()})
   def update_variables(session, changes, opts \\ []) do
-    expected = Map.new(Keyword.get(opts, :if_versions, %{}), fn {name, version} -> {text(name), version} end)
-    sets = for {name, value} <- changes, do: {:set, text(name), value, expected[text(name)]}
-    deletes = for name <- Keyword.get(opts, :delete, []), do: {:delete, text(name), expected[text(name)]}
-    write(session, sets ++ deletes, opts)
+    with {:ok, cfg, id} <- asked(session, opts, [:if_versions, :delete]),
+         {:ok, expected} <- if_versions(opts[:if_versions] || %{}) do
+      sets = for {name, value} <- changes, do: {:set, text(name), value, expected[text(name)]}
+      deletes = for name <- opts[:delete] || [], do: {:delete, text(name), expected[text(name)]}
+      write(cfg, id, sets ++ deletes)
+    end
   end
+
+  @doc "As `update_variables/3`, but it raises."
+  @spec update_variables!(session(), %{name() => term()} | [{name(), term()}], keyword()) :: %{
+          String.t() => pos_integer()
+        }
+  def update_variables!(session, changes, opts \\ []), do: bang(update_variables(session, changes, opts))
 
   @doc "Deletes a variable. Its versions go on: the deletion is one, and is returned. Takes `if_version:`."
   @spec delete_variable(session(), name(), keyword()) :: result(pos_integer())
   def delete_variable(session, name, opts \\ []) do
     name = text(name)
 
-    with {:ok, cfg, id} <- target(session, opts),
-         {:ok, _value} <- get_variable(session, name, opts),
-         {:ok, told} <-
-           Owner.call(cfg, {:commit, nil, id, [{:delete, name, Keyword.get(opts, :if_version)}], nil, false}) do
+    with {:ok, cfg, id} <- asked(session, opts, [:if_version]),
+         {:ok, if_version} <- if_version(opts[:if_version]),
+         {:ok, _value} <- get_variable(session, name, Keyword.take(opts, [:bridge])),
+         {:ok, told} <- Owner.call(cfg, {:commit, nil, id, [{:delete, name, if_version}], nil, false}) do
       {:ok, Map.fetch!(told.versions, name)}
     end
   end
@@ -189,7 +200,7 @@ defmodule Bridge.SessionStore do
   @doc "Name, version, type and size of every variable, by name."
   @spec variables(session(), keyword()) :: result([map()])
   def variables(session, opts \\ []) do
-    with {:ok, cfg, id} <- target(session, opts) do
+    with {:ok, cfg, id} <- asked(session, opts) do
       reading(cfg, fn tables ->
         with :ok <- used(tables, id) do
           {:ok, consistent(cfg, tables, id, [], &Tables.list(&1, id))}
@@ -203,7 +214,7 @@ defmodule Bridge.SessionStore do
   def variable(session, name, opts \\ []) do
     name = text(name)
 
-    with {:ok, cfg, id} <- target(session, opts) do
+    with {:ok, cfg, id} <- asked(session, opts) do
       reading(cfg, fn tables ->
         with :ok <- used(tables, id), {:ok, _value, _version} <- found(tables, id, name) do
           {:ok, put} = Tables.put(tables, id, name)
@@ -219,7 +230,7 @@ defmodule Bridge.SessionStore do
   def history(session, name, opts \\ []) do
     name = text(name)
 
-    with {:ok, cfg, id} <- target(session, opts) do
+    with {:ok, cfg, id} <- asked(session, opts) do
       reading(cfg, fn tables ->
         with :ok <- used(tables, id) do
           case consistent(cfg, tables, id, [], &Tables.history(&1, id, name)) do
@@ -240,7 +251,7 @@ defmodule Bridge.SessionStore do
   def revert(session, name, version, opts \\ []) do
     name = text(name)
 
-    with {:ok, cfg, id} <- target(session, opts),
+    with {:ok, cfg, id} <- asked(session, opts),
          {:ok, versions} <- history(session, name, opts) do
       case Enum.find(versions, &(&1.version == version)) do
         nil ->
@@ -279,15 +290,24 @@ defmodule Bridge.SessionStore do
     name = text(name)
     {where, constraints} = Keyword.split(opts, [:bridge])
 
-    with {:ok, cfg, id} <- target(session, where),
+    with {:ok, cfg, id} <- asked(session, where),
          :ok <- Plain.check_name("variable", name),
          {:ok, schema} <- if(type == nil, do: {:ok, nil}, else: Types.make(type, constraints)),
-         {:ok, default} <- if(schema == nil, do: {:ok, :none}, else: Types.default(schema)) do
-      Owner.call(cfg, {:change, id, true, &define(&1, name, schema, default)})
+         {:ok, default} <- if(schema == nil, do: {:ok, :none}, else: Types.default(schema)),
+         {:ok, fits} <- reading(cfg, &fits(&1, id, name, schema)) do
+      Owner.call(cfg, {:change, id, true, &define(&1, name, schema, default, fits)})
     end
   end
 
-  defp define(at, name, schema, default) do
+  # The version that the type was compared with, here: it may take long.
+  defp fits(tables, id, name, schema) do
+    known =
+      if match?({:ok, _}, Tables.session(tables, id)), do: Commit.known(tables, id, name), else: Commit.unwritten()
+
+    with :ok <- if(known.there, do: Types.check(schema, name, known.value), else: :ok), do: {:ok, known.version}
+  end
+
+  defp define(at, name, schema, default, fits) do
     known = Commit.known(at.tables, at.id, name)
 
     ops =
@@ -296,7 +316,8 @@ defmodule Bridge.SessionStore do
         _none -> []
       end
 
-    with :ok <- if(known.there, do: Types.check(schema, name, known.value), else: :ok),
+    # Written meanwhile, perhaps.
+    with :ok <- if(known.there and known.version != fits, do: Types.check(schema, name, known.value), else: :ok),
          {:ok, facts, _told} <- Commit.plan(at.tables, at.quota, at.id, ops, at.now) do
       {:ok, facts ++ [{:type, at.id, name, schema}], {:ok, schema}}
     end
@@ -307,10 +328,6 @@ defmodule Bridge.SessionStore do
   @doc false
   @spec tables!(struct()) :: Tables.t()
   defdelegate tables!(cfg), to: Owner
-
-  @doc false
-  @spec quota(struct()) :: map()
-  def quota(cfg), do: tables!(cfg).quota
 
   @doc false
   @spec fetch(struct(), String.t(), String.t()) :: {:ok, term(), pos_integer()} | :error
@@ -333,16 +350,6 @@ defmodule Bridge.SessionStore do
   @doc false
   @spec list(struct(), String.t()) :: [map()]
   def list(cfg, session), do: consistent(cfg, tables!(cfg), session, [], &Tables.list(&1, session))
-
-  @doc false
-  # The version that it becomes if nobody else writes it first. `staged` is what the command wrote before: a list of
-  # operations, or better a `Bridge.Store.Staged`, which counts each only once.
-  @spec check_write(struct(), String.t(), String.t(), term(), non_neg_integer() | nil, [Commit.op()] | Staged.t()) ::
-          {:ok, pos_integer()} | {:error, Error.t()}
-  def check_write(cfg, session, name, value, if_version, staged) do
-    staged = if is_list(staged), do: Staged.of(cfg, session, staged), else: staged
-    with {:ok, version, _staged} <- Staged.set(staged, cfg, session, name, value, if_version), do: {:ok, version}
-  end
 
   @doc false
   # One transaction, on disk when it returns. With a command's id, which must be running, that command ends with it, and
@@ -395,10 +402,6 @@ defmodule Bridge.SessionStore do
        end}
     )
   end
-
-  @doc false
-  @spec functions(struct(), String.t()) :: [map()]
-  def functions(cfg, session), do: for({_name, function} <- Tables.all(tables!(cfg), :function, session), do: function)
 
   @doc false
   @spec function(struct(), String.t(), String.t()) :: {:ok, map()} | :error
@@ -458,6 +461,20 @@ defmodule Bridge.SessionStore do
   @doc false
   @spec put_lm(struct(), String.t(), map() | nil) :: :ok | {:error, Error.t()}
   def put_lm(cfg, session, lm) do
+    with :ok <- check_lm(lm), do: change_lm(cfg, session, lm)
+  end
+
+  defp check_lm(nil), do: :ok
+
+  defp check_lm(%{model: model, api_base: base, adapter: adapter, options: %{}}) do
+    if is_binary(model) and Enum.all?([base, adapter], &(&1 == nil or is_binary(&1))) do
+      :ok
+    else
+      Error.error(:invalid_params, "a language model's name, api_base and adapter are strings")
+    end
+  end
+
+  defp change_lm(cfg, session, lm) do
     Owner.call(
       cfg,
       {:change, session, true,
@@ -479,13 +496,9 @@ defmodule Bridge.SessionStore do
   end
 
   @doc false
-  # A session at work does not expire. It ends with `idle/3`, or with the process.
+  # A session at work does not expire. It ends with the process.
   @spec busy(struct(), String.t(), pid()) :: :ok | {:error, Error.t()}
   def busy(cfg, session, pid), do: Owner.call(cfg, {:busy, session, pid})
-
-  @doc false
-  @spec idle(struct(), String.t(), pid()) :: :ok
-  def idle(cfg, session, pid), do: Owner.call(cfg, {:idle, session, pid})
 
   @doc false
   # The process is sent `{:bridge_session, :made | :gone, id}` from then on.
@@ -512,6 +525,12 @@ defmodule Bridge.SessionStore do
   end
 
   @doc false
+  # The running command is being tried once more: which attempt this is. On disk soon.
+  @spec tried(struct(), String.t(), pos_integer()) :: :ok | {:error, Error.t()}
+  def tried(cfg, command, attempt), do: Owner.call(cfg, {:tried, command, attempt})
+
+  @doc false
+  # `call`: `seq`, `method`, `asked` (any term), `effect` (whether it may have one), and whatever else is plain data.
   # With `sync: true` it is on disk when this returns: so is a tool's call before the tool runs.
   @spec record_call(struct(), String.t(), pos_integer(), map(), keyword()) :: :ok | {:error, Error.t()}
   def record_call(cfg, command, n, call, opts \\ []) do
@@ -626,23 +645,51 @@ defmodule Bridge.SessionStore do
 
   # -- helpers ---------------------------------------------------------------------------------------------------------
 
-  defp config(opts), do: Config.fetch(Keyword.get(opts, :bridge, Bridge))
+  defp bang({:ok, value}), do: value
+  defp bang({:error, error}), do: raise(error)
+
+  defp config(opts) do
+    with :ok <- Options.check(opts, [:bridge]), do: Config.fetch(Keyword.get(opts, :bridge, Bridge))
+  end
+
+  @doc false
+  # As `target/2`, and the options are looked at.
+  @spec asked(session(), keyword(), [atom()]) :: {:ok, struct(), String.t()} | {:error, Error.t()}
+  def asked(session, opts, more \\ []) do
+    with :ok <- Options.check(opts, [:bridge | more]), do: target(session, opts)
+  end
+
+  defp if_version(nil), do: {:ok, nil}
+  defp if_version(version) when is_integer(version) and version >= 0, do: {:ok, version}
+
+  defp if_version(other) do
+    Error.error(:invalid_params, "if_version is a version: a whole number, 0 for none, not #{inspect(other, limit: 3)}")
+  end
+
+  defp if_versions(versions) do
+    Enum.reduce_while(versions, {:ok, %{}}, fn {name, version}, {:ok, known} ->
+      case if_version(version) do
+        {:ok, version} -> {:cont, {:ok, Map.put(known, text(name), version)}}
+        {:error, error} -> {:halt, {:error, error}}
+      end
+    end)
+  end
 
   @doc false
   @spec target(session(), keyword()) :: {:ok, struct(), String.t()} | {:error, Error.t()}
-  def target(%{__struct__: _, bridge: bridge, id: id}, _opts),
-    do: with({:ok, cfg} <- Config.fetch(bridge), do: {:ok, cfg, id})
-
-  def target(id, opts) do
-    with :ok <- Plain.check_name("session", id), {:ok, cfg} <- config(opts), do: {:ok, cfg, id}
+  # `opts` may have others than `bridge:`, which whoever calls this has looked at.
+  def target(session, opts) do
+    with {:ok, bridge, id} <- Bridge.Session.whose(session, opts),
+         :ok <- Plain.check_name("session", id),
+         {:ok, cfg} <- Config.fetch(bridge),
+         do: {:ok, cfg, id}
   end
 
   defp text(name) when is_atom(name) and name not in [nil, true, false], do: Atom.to_string(name)
   defp text(name), do: name
 
-  defp write(session, ops, opts) do
-    with {:ok, cfg, id} <- target(session, opts),
-         {:ok, ops} <- normal(ops, Plain.hook(cfg.name, id)),
+  defp write(cfg, id, ops) do
+    with {:ok, ops} <- normal(ops, Plain.hook(cfg.name, id)),
          {:ok, told} <- commit_prepared(cfg, nil, id, ops, nil, true, []) do
       {:ok, told.versions}
     end
@@ -686,8 +733,10 @@ defmodule Bridge.SessionStore do
     end
   end
 
+  @doc false
   # The tables end with their owner: who reads at that moment is told so.
-  defp reading(cfg, read) do
+  @spec reading(struct(), (Tables.t() -> result)) :: result | {:error, Error.t()} when result: term()
+  def reading(cfg, read) do
     with {:ok, tables} <- Owner.tables(cfg) do
       try do
         read.(tables)

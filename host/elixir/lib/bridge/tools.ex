@@ -73,6 +73,10 @@ defmodule Bridge.Tools do
     end
   end
 
+  @doc "As `register/4`; raises the error."
+  @spec register!(session(), String.t(), fun(), keyword()) :: :ok
+  def register!(session, name, fun, opts \\ []), do: bang(register(session, name, fun, opts))
+
   @doc "Forgets a tool of the session."
   @spec unregister(session(), String.t(), keyword()) :: :ok | {:error, Error.t()}
   def unregister(session, name, opts \\ []) do
@@ -85,13 +89,16 @@ defmodule Bridge.Tools do
   end
 
   @doc "The tools of the session, by name."
-  @spec list(session(), keyword()) :: [Registered.t()]
+  @spec list(session(), keyword()) :: {:ok, [Registered.t()]} | {:error, Error.t()}
   def list(session, opts \\ []) do
-    case locate(session, opts) do
-      {:ok, table, session} -> :ets.select(table, [{{{session, :_}, :"$1"}, [], [:"$1"]}])
-      {:error, _closed} -> []
+    with {:ok, table, session} <- locate(session, opts) do
+      {:ok, :ets.select(table, [{{{session, :_}, :"$1"}, [], [:"$1"]}])}
     end
   end
+
+  @doc "As `list/2`; raises the error."
+  @spec list!(session(), keyword()) :: [Registered.t()]
+  def list!(session, opts \\ []), do: bang(list(session, opts))
 
   @doc "The tool of that name."
   @spec fetch(session(), String.t(), keyword()) :: {:ok, Registered.t()} | {:error, Error.t()}
@@ -114,12 +121,7 @@ defmodule Bridge.Tools do
 
   @doc "As `tool/3`; raises the error."
   @spec tool!(session(), String.t(), keyword()) :: struct()
-  def tool!(session, name, opts \\ []) do
-    case tool(session, name, opts) do
-      {:ok, tool} -> tool
-      {:error, error} -> raise error
-    end
-  end
+  def tool!(session, name, opts \\ []), do: bang(tool(session, name, opts))
 
   @doc "Forgets all tools of a session: it is gone."
   @spec forget(session(), keyword()) :: :ok
@@ -167,18 +169,22 @@ defmodule Bridge.Tools do
         else: reraise(error, __STACKTRACE__)
   end
 
+  defp bang(:ok), do: :ok
+  defp bang({:ok, value}), do: value
+  defp bang({:error, error}), do: raise(error)
+
   # -- where -----------------------------------------------------------------------------
 
-  defp locate(%{__struct__: Bridge.Session, bridge: bridge, id: id}, _opts), do: open(bridge, id)
-  defp locate(session, opts) when is_binary(session), do: open(Keyword.get(opts, :bridge, Bridge), session)
+  defp locate(session, opts) do
+    with {:ok, bridge, id} when is_binary(id) <- Bridge.Session.whose(session, opts) do
+      table = Config.process(bridge, :tools)
 
-  defp open(bridge, session) do
-    table = Config.process(bridge, :tools)
-
-    if :ets.whereis(table) == :undefined do
-      Error.error(:host_closed, "#{inspect(bridge)} is not running")
+      if :ets.whereis(table) == :undefined,
+        do: Error.error(:host_closed, "#{inspect(bridge)} is not running"),
+        else: {:ok, table, id}
     else
-      {:ok, table, session}
+      {:ok, _bridge, other} -> refused("a session is its id, a text, not #{inspect(other, limit: 3)}")
+      {:error, error} -> {:error, error}
     end
   end
 

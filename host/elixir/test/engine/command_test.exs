@@ -202,7 +202,7 @@ defmodule Bridge.CommandTest do
     assert_receive {:DOWN, ^monitor, :process, _, _}, 30_000
     assert_receive {:DOWN, ^command, :process, _, :normal}, 30_000
     assert {:ok, []} = SessionStore.variables(session)
-    assert [%{error: :cancelled}] = Bridge.journal(session: session, bridge: bridge)
+    assert [%{error: :cancelled}] = Bridge.journal!(session: session, bridge: bridge)
   end
 
   # -- sessions that go ---------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ defmodule Bridge.CommandTest do
     send(held!("held"), {:return, "done"})
     assert {:ok, [^paid, "done"]} = Task.await(again, 60_000)
     assert count.() == paid
-    eventually("no place is lost", fn -> Bridge.status(bridge: bridge).running == 0 end)
+    eventually("no place is lost", fn -> Bridge.status!(bridge: bridge).running == 0 end)
   end
 
   test "a command with a key that is quarantined keeps what it has paid", %{session: session} do

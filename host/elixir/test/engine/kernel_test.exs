@@ -53,7 +53,7 @@ defmodule Bridge.KernelTest do
     assert {:ok, 1} = call(bridge, "twice")
     assert {:ok, 1} = call(bridge, "good")
     assert pids(bridge) == before
-    assert Bridge.status(bridge: bridge).running == 0
+    assert Bridge.status!(bridge: bridge).running == 0
   end
 
   test "callbacks that are none are refused, each of them", %{tmp_dir: dir} do
@@ -109,7 +109,7 @@ defmodule Bridge.KernelTest do
       callers = for _ <- 1..20, do: Task.async(fn -> call(bridge, "good", retries: 1) end)
 
       eventually("one of them has it", fn ->
-        Enum.any?(Bridge.kernels(bridge: bridge), &(&1.pid == victim.pid and &1.in_flight > 0))
+        Enum.any?(Bridge.kernels!(bridge: bridge), &(&1.pid == victim.pid and &1.in_flight > 0))
       end)
 
       Process.exit(victim.pid, :kill)

@@ -66,7 +66,7 @@ defmodule Bridge.RecoveryTest do
     assert {:ok, [^before]} = Bridge.interrupted(bridge: bridge)
 
     given_up = Task.async(fn -> Bridge.resume(id, bridge: bridge) end)
-    eventually("it waits", fn -> Bridge.status(bridge: bridge).waiting == 1 end)
+    eventually("it waits", fn -> Bridge.status!(bridge: bridge).waiting == 1 end)
     Task.shutdown(given_up, :brutal_kill)
     eventually("it waits no more", fn -> Bridge.interrupted(bridge: bridge) == {:ok, [before]} end)
 
@@ -165,7 +165,7 @@ defmodule Bridge.RecoveryTest do
     session = host(dir, counts, kernels: 0)
     :ok = Bridge.define(session, "f", @source)
     command = Task.async(fn -> Bridge.call(session, "f") end)
-    eventually("it waits", fn -> Bridge.status(bridge: session.bridge).waiting == 1 end)
+    eventually("it waits", fn -> Bridge.status!(bridge: session.bridge).waiting == 1 end)
     # Nothing runs: there is nothing to wait for.
     :ok = Bridge.stop(session.bridge, :infinity)
     assert {:error, %Error{name: :host_closed}} = Task.await(command, 60_000)

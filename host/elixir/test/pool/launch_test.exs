@@ -25,9 +25,11 @@ defmodule Bridge.Kernel.LaunchTest do
       python: Bridge.TestKernels.python(),
       runtime_dir: dir,
       arguments: [],
-      env: %{"PYTHONPATH" => Path.join(dir, "python"), "CHILDREN" => Path.join(dir, "children")}
+      env: fn -> env(dir) end
     }
   end
+
+  defp env(dir), do: %{"PYTHONPATH" => Path.join(dir, "python"), "CHILDREN" => Path.join(dir, "children")}
 
   defp started(cfg) do
     {:ok, launched} = Launch.start(cfg, 1)
@@ -164,7 +166,8 @@ defmodule Bridge.Kernel.LaunchTest do
   end
 
   @script """
-  {cfg, []} = Code.eval_string(System.fetch_env!("CONFIG"))
+  {%{env: env} = cfg, []} = Code.eval_string(System.fetch_env!("CONFIG"))
+  cfg = %{cfg | env: fn -> env end}
   {:ok, launched} = Bridge.Kernel.Launch.start(cfg, 1)
   :ok = Bridge.Kernel.Launch.await(launched, 30_000)
   IO.puts("started " <> System.pid() <> " " <> Integer.to_string(launched.os_pid))
@@ -181,7 +184,7 @@ defmodule Bridge.Kernel.LaunchTest do
           :stderr_to_stdout,
           line: 1_000,
           args: ["-pa", ebin, "-e", @script],
-          env: [{~c"CONFIG", cfg |> inspect(limit: :infinity) |> to_charlist()}]
+          env: [{~c"CONFIG", %{cfg | env: env(dir)} |> inspect(limit: :infinity) |> to_charlist()}]
         ])
 
       assert_receive {^beam, {:data, {:eol, "started " <> pids}}}, 60_000

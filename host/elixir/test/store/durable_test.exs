@@ -54,9 +54,15 @@ defmodule Bridge.Store.DurableTest do
       :ok = SessionStore.begin_command(cfg, %{id: "done", session: "demo"})
       {:ok, _} = SessionStore.commit(cfg, "done", "demo", [], %{key: "k", digest: "d", value: {1, 2}})
       :ok = SessionStore.begin_command(cfg, %{id: "cut", session: "demo", params: [1], method: "run"})
-      :ok = SessionStore.record_call(cfg, "cut", 1, %{asked: "x", effect: true}, sync: true)
+
+      :ok =
+        SessionStore.record_call(cfg, "cut", 1, %{seq: nil, method: "tool.call", asked: "x", effect: true}, sync: true)
+
       :ok = SessionStore.record_reply(cfg, "cut", 1, 42)
-      :ok = SessionStore.record_call(cfg, "cut", 2, %{asked: "y", effect: true}, sync: true)
+
+      :ok =
+        SessionStore.record_call(cfg, "cut", 2, %{seq: nil, method: "tool.call", asked: "y", effect: true}, sync: true)
+
       {:ok, described} = SessionStore.describe("demo", on(cfg))
       :ok = TestStores.stop(cfg)
 
@@ -75,6 +81,28 @@ defmodule Bridge.Store.DurableTest do
       assert [%{id: "done", status: :ended}, %{id: "cut", status: :interrupted}] = SessionStore.journal(again)
       assert {:ok, ^described} = SessionStore.describe("demo", on(again))
       assert {:ok, 5} = SessionStore.set_variable("demo", "n", 5, on(again))
+    end
+
+    test "how often an interrupted command was tried is there, from the log and from a snapshot of it", context do
+      %{store: store} = context
+      cfg = start(store)
+      :ok = SessionStore.begin_command(cfg, %{id: "c", session: "demo"})
+      # Nobody waits for the disk.
+      disk = Disk.process(:sys.get_state(Config.process(cfg.name, :store)).disk)
+      :ok = :sys.suspend(disk)
+      for attempt <- 2..4, do: :ok = SessionStore.tried(cfg, "c", attempt)
+      :ok = :sys.resume(disk)
+      # The host dies, with what was written until then.
+      set(cfg, "n", 1)
+      Process.exit(Process.whereis(Config.process(cfg.name, :store)), :kill)
+      TestStores.stop(cfg)
+
+      again = start(store, compact_bytes: 2_000)
+      assert [%{id: "c", attempt: 4}] = SessionStore.interrupted(again)
+      for n <- 2..60, do: set(again, "n", n)
+      :ok = wait_for_snapshot(store, 1)
+      :ok = TestStores.stop(again)
+      assert [%{id: "c", attempt: 4}] = SessionStore.interrupted(start(store))
     end
 
     test "is in the file when the function returns, though the store is never closed", %{
@@ -402,7 +430,9 @@ defmodule Bridge.Store.DurableTest do
       cfg = start(store, compact_bytes: 10_000)
       :ok = Bridge.Secrets.put("demo", "KEY", "value", on(cfg))
       :ok = SessionStore.begin_command(cfg, %{id: "cut", session: "demo", params: [1]})
-      :ok = SessionStore.record_call(cfg, "cut", 1, %{asked: "x"}, sync: true)
+
+      :ok =
+        SessionStore.record_call(cfg, "cut", 1, %{seq: nil, method: "tool.call", asked: "x", effect: false}, sync: true)
 
       1..4
       |> Task.async_stream(fn k -> for n <- 1..300, do: set(cfg, "v#{k}", n) end, timeout: :infinity)
@@ -467,7 +497,9 @@ defmodule Bridge.Store.DurableTest do
       :ok = TestStores.stop(cfg)
       snapshot = store |> Path.join("snapshot.*") |> Path.wildcard() |> hd()
       File.write!(Path.join(store, "log.1"), "left behind")
-      File.write!(Path.join(store, ".#{Path.basename(snapshot)}.0123456789abcdef"), "half")
+      draft = Path.join(store, ".#{Path.basename(snapshot)}.0123456789abcdef")
+      File.mkdir!(draft)
+      File.write!(Path.join(draft, "draft"), "half")
       again = start(store)
       assert {:ok, 60} = SessionStore.get_variable("demo", "n", on(again))
       assert Enum.filter(File.ls!(store), &(&1 == "log.1" or String.starts_with?(&1, "."))) == []

@@ -21,8 +21,11 @@ defmodule Bridge.Store.JournalTest do
   end
 
   test "a command is kept with what it called back, in order, and with what it was answered", %{cfg: cfg} do
-    :ok = SessionStore.record_call(cfg, "c-1", 2, %{seq: nil, asked: "second"})
-    :ok = SessionStore.record_call(cfg, "c-1", 1, %{seq: 1, asked: "first"}, sync: true)
+    :ok = SessionStore.record_call(cfg, "c-1", 2, %{method: "tool.call", seq: nil, asked: "second", effect: false})
+
+    :ok =
+      SessionStore.record_call(cfg, "c-1", 1, %{method: "tool.call", seq: 1, asked: "first", effect: false}, sync: true)
+
     :ok = SessionStore.record_reply(cfg, "c-1", 1, {:error, "no"})
 
     assert {:ok, command} = SessionStore.command(cfg, "c-1")
@@ -35,11 +38,29 @@ defmodule Bridge.Store.JournalTest do
   end
 
   test "a command that begins again has what it called back before", %{cfg: cfg} do
-    :ok = SessionStore.record_call(cfg, "c-1", 1, %{asked: 1})
+    :ok = SessionStore.record_call(cfg, "c-1", 1, %{seq: nil, method: "tool.call", asked: 1, effect: false})
     :ok = SessionStore.begin_command(cfg, %{id: "c-1", session: "demo", attempt: 2})
     assert {:ok, %{attempt: 2, method: "run", calls: [%{asked: 1}]}} = SessionStore.command(cfg, "c-1")
     :ok = SessionStore.forget_calls(cfg, "c-1", [1])
     assert {:ok, %{calls: []}} = SessionStore.command(cfg, "c-1")
+  end
+
+  test "it says how often it was tried, while it runs and after it has ended", %{cfg: cfg} do
+    assert [%{attempt: 1}] = SessionStore.journal(cfg)
+    assert :ok = SessionStore.tried(cfg, "c-1", 2)
+    assert :ok = SessionStore.tried(cfg, "c-1", 3)
+    assert [%{attempt: 3, status: :running}] = SessionStore.journal(cfg)
+    :ok = SessionStore.end_command(cfg, "c-1", {:error, :kernel_died}, keep: true)
+    assert [%{attempt: 3, error: :kernel_died}] = SessionStore.interrupted(cfg)
+    # It goes on, and is tried no more until it does.
+    assert {:error, %{name: :not_found}} = SessionStore.tried(cfg, "c-1", 4)
+    :ok = SessionStore.begin_command(cfg, %{id: "c-1", session: "demo", attempt: 3})
+    assert [%{attempt: 3, status: :running, error: nil}] = SessionStore.journal(cfg)
+    assert :ok = SessionStore.tried(cfg, "c-1", 4)
+    :ok = SessionStore.end_command(cfg, "c-1", :ok)
+    assert [%{attempt: 4, status: :ended}] = SessionStore.journal(cfg)
+    assert {:error, %{name: :not_found}} = SessionStore.tried(cfg, "c-1", 5)
+    assert {:error, %{name: :not_found}} = SessionStore.tried(cfg, "never", 2)
   end
 
   test "what it writes, its end and its result are one commit", %{cfg: cfg, on: on} do
@@ -77,7 +98,7 @@ defmodule Bridge.Store.JournalTest do
   end
 
   test "one that fails is forgotten, with an entry in the journal that says why", %{cfg: cfg} do
-    :ok = SessionStore.record_call(cfg, "c-1", 1, %{asked: 1})
+    :ok = SessionStore.record_call(cfg, "c-1", 1, %{seq: nil, method: "tool.call", asked: 1, effect: false})
     :ok = SessionStore.end_command(cfg, "c-1", {:error, :remote_error})
     assert :error = SessionStore.command(cfg, "c-1")
     assert [%{error: :remote_error, calls: 1}] = SessionStore.journal(cfg, "demo")
@@ -86,7 +107,7 @@ defmodule Bridge.Store.JournalTest do
   end
 
   test "one that fails may be kept, and its key finds it", %{cfg: cfg} do
-    :ok = SessionStore.record_call(cfg, "c-1", 1, %{asked: 1})
+    :ok = SessionStore.record_call(cfg, "c-1", 1, %{seq: nil, method: "tool.call", asked: 1, effect: false})
     :ok = SessionStore.end_command(cfg, "c-1", {:error, :kernel_died}, keep: true)
     assert [%{id: "c-1", error: :kernel_died}] = SessionStore.interrupted(cfg)
     assert {:ok, %{id: "c-1", calls: [%{asked: 1}]}} = SessionStore.command_with_key(cfg, "demo", "k")
@@ -100,7 +121,10 @@ defmodule Bridge.Store.JournalTest do
     :ok = SessionStore.delete_session("demo", on)
     {:ok, _} = SessionStore.create_session("demo", on)
     assert {:error, %{name: :not_found}} = SessionStore.commit(cfg, "c-1", "demo", [{:set, "n", 1, nil}])
-    assert {:error, %{name: :not_found}} = SessionStore.record_call(cfg, "c-1", 1, %{asked: 1})
+
+    assert {:error, %{name: :not_found}} =
+             SessionStore.record_call(cfg, "c-1", 1, %{seq: nil, method: "tool.call", asked: 1, effect: false})
+
     assert :ok = SessionStore.record_reply(cfg, "c-1", 1, 1)
     assert :ok = SessionStore.end_command(cfg, "c-1", :ok)
     assert {:ok, []} = SessionStore.variables("demo", on)
@@ -122,7 +146,15 @@ defmodule Bridge.Store.JournalTest do
   test "what a command that carries secrets was asked, called back and gave lies sealed", %{cfg: cfg, on: on} do
     text = "only-for-the-command"
     :ok = SessionStore.begin_command(cfg, %{id: "s-1", session: "demo", params: [text], sealed: true})
-    :ok = SessionStore.record_call(cfg, "s-1", 1, %{method: "session.call_tool", asked: %{"a" => text}})
+
+    :ok =
+      SessionStore.record_call(cfg, "s-1", 1, %{
+        seq: nil,
+        method: "session.call_tool",
+        asked: %{"a" => text},
+        effect: false
+      })
+
     :ok = SessionStore.record_reply(cfg, "s-1", 1, text)
     assert {:ok, %{params: [^text], calls: [call]}} = SessionStore.command(cfg, "s-1")
     assert %{asked: %{"a" => ^text}, reply: {:ok, ^text}} = call

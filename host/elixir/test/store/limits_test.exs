@@ -1,7 +1,7 @@
 defmodule Bridge.Store.LimitsTest do
   use ExUnit.Case, async: true
 
-  alias Bridge.{SessionStore, TestStores}
+  alias Bridge.{Config, SessionStore, TestStores}
   alias Bridge.Store.Staged
 
   describe "quotas" do
@@ -28,7 +28,7 @@ defmodule Bridge.Store.LimitsTest do
                SessionStore.set_variable("demo", "b", String.duplicate("x", 2_000), on)
 
       assert {:error, %{name: :quota_exceeded}} =
-               SessionStore.check_write(cfg, "demo", "b", String.duplicate("x", 2_000), nil, [])
+               Staged.set(Staged.new(), cfg, "demo", "b", String.duplicate("x", 2_000), nil)
 
       {:ok, _} = SessionStore.set_variable("demo", "a", "small", on)
       assert {:ok, _} = SessionStore.set_variable("demo", "b", String.duplicate("x", 2_000), on)
@@ -130,18 +130,25 @@ defmodule Bridge.Store.LimitsTest do
 
     test "a session at work does not expire, and its time begins when the work ends", %{cfg: cfg, on: on, move: move} do
       {:ok, _} = SessionStore.set_variable("demo", "n", 1, on)
-      :ok = SessionStore.busy(cfg, "demo", self())
-      :ok = SessionStore.busy(cfg, "demo", self())
+      [first, second] = for _ <- 1..2, do: spawn(fn -> receive do: (:end -> :ok) end)
+      for pid <- [first, second], do: :ok = SessionStore.busy(cfg, "demo", pid)
       move.(10_000)
       assert SessionStore.sweep(cfg) == []
-      :ok = SessionStore.idle(cfg, "demo", self())
+      :ok = ended(cfg, first)
+      assert SessionStore.sweep(cfg) == []
       move.(10_000)
       assert {:ok, 1} = SessionStore.get_variable("demo", "n", on)
-      :ok = SessionStore.idle(cfg, "demo", self())
+      :ok = ended(cfg, second)
       move.(999)
       assert SessionStore.sweep(cfg) == []
       move.(1)
       assert SessionStore.sweep(cfg) == ["demo"]
+    end
+
+    # And its store has heard of it.
+    defp ended(cfg, pid) do
+      send(pid, :end)
+      if is_map_key(:sys.get_state(Config.process(cfg.name, :store)).busy, pid), do: ended(cfg, pid), else: :ok
     end
 
     test "work ends with its process", %{cfg: cfg, on: on, move: move} do

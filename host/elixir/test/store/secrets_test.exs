@@ -67,7 +67,10 @@ defmodule Bridge.SecretsTest do
   @tag :durable
   test "it is in no file, no table, no state, no crash report", %{cfg: cfg, on: on, store: store} do
     :ok = SessionStore.begin_command(cfg, %{id: "c", session: "demo", params: [@clear], sealed: true})
-    :ok = SessionStore.record_call(cfg, "c", 1, %{asked: @clear}, sync: true)
+
+    :ok =
+      SessionStore.record_call(cfg, "c", 1, %{seq: nil, method: "tool.call", asked: @clear, effect: false}, sync: true)
+
     {:ok, _} = SessionStore.commit(cfg, "c", "demo", [], %{key: "k", digest: "d", value: @clear})
     path = Path.join(store, "export.json")
     :ok = Bridge.Store.Exchange.export(path, on)
@@ -126,5 +129,89 @@ defmodule Bridge.SecretsTest do
     :ok = TestStores.stop(cfg)
     again = TestStores.start(store: store)
     assert {:ok, %{"KEY" => @clear}} == Secrets.for_command(again, "demo", ["KEY"])
+  end
+
+  describe "all of a session's, for the redaction of telemetry," do
+    # Nobody answers meanwhile.
+    defp without_owner(cfg, fun) do
+      pid = Process.whereis(Config.process(cfg.name, :store))
+      :ok = :sys.suspend(pid)
+      result = fun.()
+      :ok = :sys.resume(pid)
+      result
+    end
+
+    @tag :durable
+    test "are unsealed once, and read by the caller itself from then on", %{cfg: cfg, on: on, store: store} do
+      :ok = Secrets.put("demo", "OTHER", "another one", on)
+      :ok = Secrets.put_lm_key(cfg, "demo", "of the model")
+      all = Enum.sort([@clear, "another one", "of the model"])
+      assert Enum.sort(Secrets.all(cfg, "demo")) == all
+      File.rm!(Path.join(store, "secrets.key"))
+      assert without_owner(cfg, fn -> Enum.sort(Secrets.all(cfg, "demo")) end) == all
+      assert without_owner(cfg, fn -> Secrets.all(cfg, "elsewhere") end) == []
+    end
+
+    test "are right as soon as one is set, set anew or deleted, or the session is", %{cfg: cfg, on: on} do
+      assert Secrets.all(cfg, "demo") == [@clear]
+
+      for n <- 1..50 do
+        :ok = Secrets.put("demo", "KEY", "value #{n}", on)
+        assert Secrets.all(cfg, "demo") == ["value #{n}"]
+        :ok = Secrets.put("demo", "NEW", "new #{n}", on)
+        assert Enum.sort(Secrets.all(cfg, "demo")) == ["new #{n}", "value #{n}"]
+        :ok = Secrets.delete("demo", "NEW", on)
+        assert Secrets.all(cfg, "demo") == ["value #{n}"]
+      end
+
+      :ok = SessionStore.delete_session("demo", on)
+      assert Secrets.all(cfg, "demo") == []
+      :ok = Secrets.put("demo", "KEY", @clear, on)
+      assert Secrets.all(cfg, "demo") == [@clear]
+    end
+
+    test "have whatever a command can have, though somebody asks all the while", %{cfg: cfg, on: on} do
+      asking =
+        Task.async(fn -> Stream.repeatedly(fn -> Secrets.all(cfg, "demo") end) |> Enum.find(&(&1 == ["end"])) end)
+
+      for n <- 1..500 do
+        :ok = Secrets.put("demo", "KEY", "value #{n}", on)
+        {:ok, %{"KEY" => clear}} = Secrets.for_command(cfg, "demo", ["KEY"])
+        assert Secrets.all(cfg, "demo") == [clear]
+      end
+
+      :ok = Secrets.put("demo", "KEY", "end", on)
+      assert Task.await(asking) == ["end"]
+    end
+
+    @tag :durable
+    test "are those that can be read, though another cannot, and that too once it can", context do
+      %{cfg: cfg, on: on, store: store} = context
+      path = Path.join(store, "secrets.key")
+      key = File.read!(path)
+      File.rm!(path)
+      assert Secrets.all(cfg, "demo") == []
+      :ok = Secrets.put("demo", "NEW", "readable", on)
+      assert Secrets.all(cfg, "demo") == ["readable"]
+      File.write!(path, key)
+      assert Secrets.all(cfg, "demo") == [@clear]
+    end
+
+    test "are in clear in no table that is shown, and in no state", %{cfg: cfg} do
+      assert Secrets.all(cfg, "demo") == [@clear]
+      tables = SessionStore.tables!(cfg)
+      rows = for {_name, table} <- Map.from_struct(tables), is_reference(table), do: :ets.tab2list(table)
+      assert [[_row]] = for([{:clear, _session, _secrets} | _] = rows <- rows, do: rows)
+      shown = [rows, :sys.get_state(Config.process(cfg.name, :store))]
+      refute inspect(shown, limit: :infinity, printable_limit: :infinity, structs: false) =~ @clear
+      # As Observer's viewer of tables has it.
+      refute IO.iodata_to_binary(:io_lib.format("~tp", [shown])) =~ @clear
+    end
+
+    test "are none when the store has died", %{cfg: cfg} do
+      assert Secrets.all(cfg, "demo") == [@clear]
+      :ok = TestStores.stop(cfg)
+      assert Secrets.all(cfg, "demo") == []
+    end
   end
 end

@@ -162,7 +162,7 @@ defmodule Bridge.SessionStoreTest do
         for _reader <- 1..4 do
           Task.async(fn ->
             for _ <- 1..300 do
-              found = SessionStore.fetch_many(cfg, "demo", names)
+              found = Staged.fetch_many(Staged.new(), cfg, "demo", names)
               assert map_size(found) == 20
               assert [_one] = found |> Map.values() |> Enum.uniq()
               assert [_one] = SessionStore.list(cfg, "demo") |> Enum.map(& &1.version) |> Enum.uniq()
@@ -178,7 +178,10 @@ defmodule Bridge.SessionStoreTest do
       for round <- 1..50 do
         id = "s#{round}"
         {:ok, _} = SessionStore.update_variables(id, Map.new(1..50, &{"v#{&1}", &1}), on)
-        reader = Task.async(fn -> for _ <- 1..50, do: map_size(SessionStore.fetch_many(cfg, id, ["v1", "v50"])) end)
+
+        reader =
+          Task.async(fn -> for _ <- 1..50, do: map_size(Staged.fetch_many(Staged.new(), cfg, id, ["v1", "v50"])) end)
+
         :ok = SessionStore.delete_session(id, on)
         assert reader |> Task.await() |> Enum.uniq() |> Enum.all?(&(&1 in [0, 2]))
       end
@@ -199,7 +202,7 @@ defmodule Bridge.SessionStoreTest do
       assert {:error, %{name: :invalid_value}} =
                SessionStore.commit(cfg, nil, "demo", [{:set, "temperature", "hot", nil}])
 
-      assert {:error, %{name: :invalid_value}} = SessionStore.check_write(cfg, "demo", "temperature", :nan, nil, [])
+      assert {:error, %{name: :invalid_value}} = Staged.set(Staged.new(), cfg, "demo", "temperature", :nan, nil)
       assert {:ok, %{schema: %{"maximum" => 2.0}}} = SessionStore.variable("demo", "temperature", on)
     end
 
@@ -288,11 +291,13 @@ defmodule Bridge.SessionStoreTest do
       assert {:ok, 9} = SessionStore.get_variable("demo", "n", on)
     end
 
-    test "a list of operations will do in place of it", %{cfg: cfg, on: on} do
-      {:ok, 1} = SessionStore.set_variable("demo", "n", 1, on)
-      assert {:ok, 2} = SessionStore.check_write(cfg, "demo", "n", 2, 1, [])
-      assert {:ok, 2} = SessionStore.check_write(cfg, "demo", "n", 3, nil, [{:set, "n", 2, 1}])
-      assert {:error, %{name: :conflict}} = SessionStore.check_write(cfg, "demo", "n", 3, 1, [{:set, "n", 2, 1}])
+    test "several are read as the command sees them", %{cfg: cfg, on: on} do
+      {:ok, _} = SessionStore.update_variables("demo", %{"a" => 1, "b" => 1, "c" => 1}, on)
+      {:ok, 2, staged} = Staged.set(Staged.new(), cfg, "demo", "a", 2, nil)
+      {:ok, staged} = Staged.delete(staged, cfg, "demo", "b", nil)
+      {:ok, 1, staged} = Staged.set(staged, cfg, "demo", "new", 3, nil)
+      found = Staged.fetch_many(staged, cfg, "demo", ["a", "b", "c", "new", "none"])
+      assert found == %{"a" => {2, 2}, "c" => {1, 1}, "new" => {3, 1}}
     end
   end
 
@@ -344,7 +349,6 @@ defmodule Bridge.SessionStoreTest do
       :ok = SessionStore.put_function(cfg, "demo", %{name: "f", source: "def f(): pass\n"})
       hash = Base.encode16(:crypto.hash(:sha256, "def f(): pass\n"), case: :lower)
       assert {:ok, %{hash: ^hash, lm: false, secrets: []}} = SessionStore.function(cfg, "demo", "f")
-      assert [%{name: "f"}] = SessionStore.functions(cfg, "demo")
       assert {:ok, %{functions: 1}} = SessionStore.describe("demo", on)
       :ok = SessionStore.delete_function(cfg, "demo", "f")
       assert :error = SessionStore.function(cfg, "demo", "f")
@@ -356,7 +360,7 @@ defmodule Bridge.SessionStoreTest do
       :ok = SessionStore.put_function(cfg, "demo", %{name: "f", source: "def f(): pass\n"})
       :ok = Bridge.Secrets.put("demo", "KEY", "value", on)
       :ok = SessionStore.begin_command(cfg, %{id: "c-1", session: "demo"})
-      :ok = SessionStore.record_call(cfg, "c-1", 1, %{asked: 1})
+      :ok = SessionStore.record_call(cfg, "c-1", 1, %{seq: nil, method: "tool.call", asked: 1, effect: false})
       :ok = SessionStore.begin_command(cfg, %{id: "c-2", session: "demo"})
       {:ok, _} = SessionStore.commit(cfg, "c-2", "demo", [], %{key: "k", digest: "d", value: 1})
       :ok = SessionStore.delete_session("demo", on)

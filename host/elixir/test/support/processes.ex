@@ -28,7 +28,7 @@ defmodule Bridge.TestProcesses do
   @spec ready(atom(), pos_integer()) :: [map()]
   def ready(bridge, count) do
     eventually("#{count} kernels are ready", fn ->
-      found = for %{state: :ready} = kernel <- Bridge.kernels(bridge: bridge), do: kernel
+      found = for %{state: :ready} = kernel <- Bridge.kernels!(bridge: bridge), do: kernel
       if length(found) == count, do: found
     end)
   end

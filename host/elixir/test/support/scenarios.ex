@@ -495,7 +495,7 @@ defmodule Bridge.TestScenarios do
   # -- steps: ends --------------------------------------------------------------------------------------------
 
   def step(life, %{"kill" => "kernels"}) do
-    busy = for %{in_flight: in_flight, os_pid: pid} when in_flight > 0 <- Bridge.kernels(bridge: life.bridge), do: pid
+    busy = for %{in_flight: in_flight, os_pid: pid} when in_flight > 0 <- Bridge.kernels!(bridge: life.bridge), do: pid
     if busy == [], do: flunk("no kernel runs a command")
     Enum.each(busy, &Bridge.TestProcesses.signal(&1, "KILL"))
     life
@@ -510,7 +510,7 @@ defmodule Bridge.TestScenarios do
   end
 
   def step(life, %{"quarantine" => names}) do
-    found = for %{name: name} <- Bridge.quarantine(bridge: life.bridge), do: name
+    found = for %{name: name} <- Bridge.quarantine!(bridge: life.bridge), do: name
     same("the quarantine", Enum.sort(names), Enum.sort(found))
     life
   end

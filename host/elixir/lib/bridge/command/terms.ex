@@ -35,7 +35,8 @@ defmodule Bridge.Command.Terms do
     cond do
       deadline != nil and not (is_number(deadline) and deadline > 0 and deadline <= @longest_ms) ->
         invalid(
-          "deadline is how many milliseconds there are, more than 0 and at most #{@longest_ms}, not #{inspect(deadline)}"
+          "deadline is how many milliseconds there are, more than 0 and at most #{@longest_ms}, not #{inspect(deadline)}",
+          "Leave it out for none."
         )
 
       not (is_integer(retries) and retries >= 0) ->
@@ -67,6 +68,7 @@ defmodule Bridge.Command.Terms do
   end
 
   defp invalid(message), do: Error.error(:invalid_params, message)
+  defp invalid(message, remedy), do: Error.error(:invalid_params, message, remedy: remedy)
 
   @doc "How many ms are left, 0 if none; nil without a deadline."
   @spec left(t()) :: number() | nil
@@ -86,7 +88,8 @@ defmodule Bridge.Command.Terms do
 
   def check_same(key, _known, _digest) do
     Error.error(:conflict, "the idempotency key #{inspect(key)} was used for another command",
-      remedy: "One key names one command with its arguments: choose another."
+      remedy: "One key names one command with its arguments: choose another.",
+      retryable: false
     )
   end
 

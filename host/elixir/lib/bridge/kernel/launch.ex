@@ -261,7 +261,7 @@ defmodule Bridge.Kernel.Launch do
     lifeline = "--BridgeKernelApp.lifeline=stdin"
     command = [python, "-m", "bridge_kernel", "-f", connection.file, lifeline | Enum.map(cfg.arguments, &to_string/1)]
     ours = %{"JPY_PARENT_PID" => System.pid(), "BRIDGE_RUNTIME_DIR" => dir}
-    env = for {name, value} <- Map.merge(names_to_strings(cfg.env), ours), do: {to_charlist(name), env_value(value)}
+    env = for {name, value} <- Map.merge(names_to_strings(cfg.env.()), ours), do: {to_charlist(name), env_value(value)}
     options = [:binary, :exit_status, :hide, args: ["-c", @exec, "sh", log_path(dir) | command], env: env]
     port = Port.open({:spawn_executable, shell}, options)
 

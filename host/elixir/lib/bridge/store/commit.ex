@@ -277,9 +277,12 @@ defmodule Bridge.Store.Commit do
   def known(tables, id, name) do
     case Tables.put(tables, id, name) do
       {:ok, put} -> put
-      :error -> %{there: false, version: 0, size: 0}
+      :error -> unwritten()
     end
   end
+
+  @spec unwritten() :: %{there: false, version: 0, size: 0}
+  def unwritten, do: %{there: false, version: 0, size: 0}
 
   @doc "`:conflict` unless the variable is at that version (0: it is not there); nil asks for none."
   @spec check_version(String.t(), map(), non_neg_integer() | nil) :: :ok | {:error, Error.t()}

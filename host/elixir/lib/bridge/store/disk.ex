@@ -163,7 +163,7 @@ defmodule Bridge.Store.Disk do
           snapshot_bytes: found.snapshot_bytes
       }
 
-      for path <- found.leftovers, do: File.rm(path)
+      for path <- found.leftovers, do: File.rm_rf(path)
       {:reply, :ok, opened}
     else
       {:error, reason} ->

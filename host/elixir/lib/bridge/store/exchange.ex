@@ -187,9 +187,9 @@ defmodule Bridge.Store.Exchange do
          "kwargs" => kwargs,
          "adapter" => state.adapter,
          "state" => value,
-         "sha256" => Map.get(state, :sha256),
+         "sha256" => state.sha256,
          "version" => record.version,
-         "methods" => record.methods || [],
+         "methods" => record.methods,
          "cache" => record.cache
        }}
     end
@@ -211,15 +211,15 @@ defmodule Bridge.Store.Exchange do
   defp lm(lm) do
     %{
       "model" => lm.model,
-      "api_base" => Map.get(lm, :api_base),
-      "adapter" => Map.get(lm, :adapter),
-      "options" => Map.get(lm, :options) || %{}
+      "api_base" => lm.api_base,
+      "adapter" => lm.adapter,
+      "options" => lm.options
     }
   end
 
   defp tools(cfg, id) do
     if Process.whereis(Config.process(cfg.name, :tools)) do
-      id |> Bridge.Tools.list(bridge: cfg.name) |> Enum.map(& &1.name) |> Enum.sort()
+      id |> Bridge.Tools.list!(bridge: cfg.name) |> Enum.map(& &1.name) |> Enum.sort()
     else
       []
     end

@@ -28,8 +28,7 @@ defmodule Bridge.Store.Kinds do
   @spec names() :: [String.t()]
   def names, do: Map.keys(@own)
 
-  @spec own(String.t()) :: [String.t()]
-  def own(kind), do: Map.fetch!(@own, kind)
+  defp own(kind), do: Map.fetch!(@own, kind)
 
   @doc "The schema of a kind by its own constraints."
   @spec named(String.t(), [{String.t(), term()}]) :: {:ok, map()} | {:error, String.t()}

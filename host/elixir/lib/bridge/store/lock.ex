@@ -4,6 +4,7 @@ defmodule Bridge.Store.Lock do
   # system's process, and by the Erlang processes that own and write it. A lock whose owner is no more is taken over.
 
   alias Bridge.Error
+  alias Bridge.Store.Files
 
   @file_name "owner"
   @fields ~w(pid started host directory owner writer)
@@ -61,19 +62,12 @@ defmodule Bridge.Store.Lock do
   end
 
   defp take(directory, path, content, tries) do
-    draft = "#{path}.#{Base.encode16(:crypto.strong_rand_bytes(6), case: :lower)}"
-
-    # A link is made or not, and if it is made it has its content.
-    with :ok <- Bridge.Store.Files.write(draft, content) do
-      linked = File.ln(draft, path)
-      _ = File.rm(draft)
-
-      case linked do
-        :ok -> :ok
-        {:error, :eexist} -> evict(directory, path, content, tries)
-        {:error, reason} -> failed(directory, reason)
-      end
-    else
+    # It is made or not, and if it is made it has its content.
+    case Files.create(path, content) do
+      :ok -> :ok
+      {:error, :eexist} -> evict(directory, path, content, tries)
+      # The draft: whoever opened the store meanwhile has cleared it away.
+      {:error, :enoent} -> take(directory, path, content, tries - 1)
       {:error, reason} -> failed(directory, reason)
     end
   end

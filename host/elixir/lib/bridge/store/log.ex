@@ -8,13 +8,14 @@ defmodule Bridge.Store.Log do
   # A write that was cut short leaves a bad frame at the end. So does damage; to tell them apart each frame says up to
   # where the file was on disk for certain when it was written (`synced`). What is bad before that, was good once.
 
+  alias Bridge.Store.Atoms
+
   @magic "BRIDGE STORE"
   @version 1
   @header_bytes byte_size(@magic) + 2 + 1 + 8 + 4
   @frame_magic "BrgF"
   @frame_bytes 4 + 8 + 4 + 8
   @read_ahead 1024 * 1024
-  @new_atoms 10_000
 
   @type kind :: :log | :snapshot
 
@@ -41,20 +42,24 @@ defmodule Bridge.Store.Log do
   defp crc(size, synced, payload), do: :erlang.crc32(:erlang.crc32(<<size::64, synced::64>>), payload)
 
   @doc """
-  Every frame's term, in order, and where the sound part ends: `:whole`, or `{:torn, bytes}`, after which there is but what
-  a cut write may leave. What was whole once and is not any more is an error that says where.
+  Folds over every frame's term, in order; and where the sound part ends: `:whole`, or `{:torn, bytes}`, after which there
+  is but what a cut write may leave. What was whole once and is not any more is an error that says where; so is a term that
+  `fun` refuses. The terms make no more atoms than `budget` has left.
   """
-  @spec fold(Path.t(), kind(), pos_integer(), acc, (term(), acc -> acc)) ::
+  @spec fold(Path.t(), kind(), pos_integer(), Atoms.budget(), acc, (term(), acc -> {:ok, acc} | {:error, String.t()})) ::
           {:ok, acc, :whole | {:torn, non_neg_integer()}} | {:error, String.t()}
         when acc: term()
-  def fold(path, kind, generation, acc, fun) do
+  def fold(path, kind, generation, budget, acc, fun) do
     with {:ok, file} <- open(path) do
       size = size(file)
 
       result =
         case :file.read(file, @header_bytes) do
           {:ok, header} ->
-            with :ok <- check_header(header, kind, generation), do: frames(file, @header_bytes, size, acc, fun)
+            with :ok <- check_header(header, kind, generation) do
+              step = fn payload, acc -> step(payload, budget, acc, fun) end
+              frames(file, @header_bytes, size, acc, step)
+            end
 
           :eof ->
             {:error, "it is empty"}
@@ -65,6 +70,13 @@ defmodule Bridge.Store.Log do
 
       _ = :file.close(file)
       result
+    end
+  end
+
+  defp step(payload, budget, acc, fun) do
+    case Atoms.decode(payload, budget) do
+      {:ok, term} -> fun.(term, acc)
+      :error -> {:error, "it is no term"}
     end
   end
 
@@ -93,14 +105,14 @@ defmodule Bridge.Store.Log do
 
   defp check_header(_header, _kind, _generation), do: {:error, "it is no file of a store"}
 
-  defp frames(_file, at, size, acc, _fun) when at == size, do: {:ok, acc, :whole}
+  defp frames(_file, at, size, acc, _step) when at == size, do: {:ok, acc, :whole}
 
-  defp frames(file, at, size, acc, fun) do
+  defp frames(file, at, size, acc, step) do
     case read_frame(file, size - at) do
-      {:ok, payload, _synced} ->
-        case term(payload) do
-          {:ok, term} -> frames(file, at + @frame_bytes + byte_size(payload), size, fun.(term, acc), fun)
-          :error -> {:error, "what is at byte #{at} was not written by Bridge"}
+      {:ok, payload} ->
+        case step.(payload, acc) do
+          {:ok, acc} -> frames(file, at + @frame_bytes + byte_size(payload), size, acc, step)
+          {:error, reason} -> {:error, "what is at byte #{at} was not written by Bridge: #{reason}"}
         end
 
       :bad ->
@@ -112,26 +124,13 @@ defmodule Bridge.Store.Log do
     end
   end
 
-  # A compressed term, which Bridge never writes, may be a thousand times larger than it looks.
-  defp term(<<131, 80, _compressed::binary>>), do: :error
-
-  # An atom that is not known yet is one of this host's code: it is not loaded. A file of somebody else's could fill the
-  # table of atoms, which ends the BEAM.
-  defp term(payload) do
-    before = :erlang.system_info(:atom_count)
-    term = :erlang.binary_to_term(payload)
-    if :erlang.system_info(:atom_count) - before > @new_atoms, do: :error, else: {:ok, term}
-  rescue
-    ArgumentError -> :error
-  end
-
   defp read_frame(file, left) do
     with true <- left >= @frame_bytes,
          {:ok, <<@frame_magic, size::64, crc::32, synced::64>>} <- :file.read(file, @frame_bytes),
          true <- left - @frame_bytes >= size,
          {:ok, payload} when byte_size(payload) == size <- :file.read(file, size),
          true <- crc(size, synced, payload) == crc do
-      {:ok, payload, synced}
+      {:ok, payload}
     else
       _no_frame -> :bad
     end

@@ -7,7 +7,7 @@ defmodule Bridge.Store.Owner do
   use GenServer
 
   alias Bridge.Error
-  alias Bridge.Store.{Commit, Disk, Plain, Tables, Vault}
+  alias Bridge.Store.{Commit, Disk, Facts, Plain, Tables, Vault}
 
   @sweep_ms 60_000
   @quota %{things: 100_000, bytes: 1_073_741_824, history: 100, sessions: 1_000_000}
@@ -221,6 +221,13 @@ defmodule Bridge.Store.Owner do
     end
   end
 
+  defp handle({:tried, id, attempt}, from, state) do
+    case running(state, id) do
+      {:ok, _command} -> record_soon(state, [{:tried, id, attempt}], :ok, from)
+      {:error, error} -> {:reply, {:error, error}, state}
+    end
+  end
+
   defp handle({:called, id, n, call, sync}, from, state) do
     with {:ok, command} <- running(state, id),
          {:ok, asked} <- seal(state, command, Map.get(call, :asked)) do
@@ -260,7 +267,7 @@ defmodule Bridge.Store.Owner do
   end
 
   defp handle({:take, sessions}, from, state) do
-    with :ok <- check_new(state, sessions), :ok <- check_room(state, length(sessions)) do
+    with :ok <- check_facts(sessions), :ok <- check_new(state, sessions), :ok <- check_room(state, length(sessions)) do
       # A batch for each session: memory has what the log has, whole sessions.
       {last, before} = List.pop_at(sessions, -1)
 
@@ -296,24 +303,6 @@ defmodule Bridge.Store.Owner do
       _gone ->
         {:error, error} = Commit.session(state.tables, id)
         {:reply, {:error, error}, state}
-    end
-  end
-
-  defp handle({:idle, id, pid}, _from, state) do
-    case state.busy do
-      %{^pid => {monitor, %{^id => count} = sessions}} ->
-        Tables.busy(state.tables, id, -1)
-        sessions = if count > 1, do: %{sessions | id => count - 1}, else: Map.delete(sessions, id)
-
-        if sessions == %{} do
-          Process.demonitor(monitor, [:flush])
-          {:reply, :ok, %{state | busy: Map.delete(state.busy, pid)}}
-        else
-          {:reply, :ok, put_in(state.busy[pid], {monitor, sessions})}
-        end
-
-      %{} ->
-        {:reply, :ok, state}
     end
   end
 
@@ -365,8 +354,14 @@ defmodule Bridge.Store.Owner do
 
   # The caller is answered when it is on disk.
   defp record(state, facts, reply, from) do
-    Tables.apply(state.tables, facts)
-    persist(state, facts, reply, from)
+    case Facts.check(facts) do
+      :ok ->
+        Tables.apply(state.tables, facts)
+        persist(state, facts, reply, from)
+
+      {:error, reason} ->
+        {:reply, unfit(reason), state}
+    end
   end
 
   defp persist(%{disk: nil} = state, _facts, reply, _from), do: {:reply, reply, state}
@@ -378,14 +373,21 @@ defmodule Bridge.Store.Owner do
 
   # The caller is answered at once, unless the disk is far behind.
   defp record_soon(state, facts, reply, from) do
-    if Disk.behind?(state.disk) do
-      record(state, facts, reply, from)
-    else
-      Tables.apply(state.tables, facts)
-      Disk.append(state.disk, facts)
-      {:reply, reply, state}
+    case if(Disk.behind?(state.disk), do: :behind, else: Facts.check(facts)) do
+      :behind ->
+        record(state, facts, reply, from)
+
+      :ok ->
+        Tables.apply(state.tables, facts)
+        Disk.append(state.disk, facts)
+        {:reply, reply, state}
+
+      {:error, reason} ->
+        {:reply, unfit(reason), state}
     end
   end
+
+  defp unfit(reason), do: Error.error(:internal_error, "this could not be read again, and is not kept: #{reason}")
 
   defp running(_state, nil), do: {:ok, nil}
 
@@ -482,6 +484,12 @@ defmodule Bridge.Store.Owner do
     else
       :ok
     end
+  end
+
+  defp check_facts(sessions) do
+    Enum.find_value(sessions, :ok, fn {_id, facts} ->
+      with {:error, reason} <- Facts.check(facts), do: unfit(reason), else: (:ok -> nil)
+    end)
   end
 
   defp check_new(state, sessions) do

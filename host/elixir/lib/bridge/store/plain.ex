@@ -63,17 +63,16 @@ defmodule Bridge.Store.Plain do
   def stringify(atom) when is_atom(atom) and atom not in [nil, true, false], do: Atom.to_string(atom)
   def stringify(term), do: term
 
-  @doc "Whether it reads the same wherever it goes, without a look at its encoding."
-  @spec plain?(term()) :: boolean()
-  def plain?(term) when is_number(term) or is_boolean(term) or is_nil(term), do: true
-  def plain?(term) when is_binary(term), do: String.valid?(term)
-  def plain?(term) when is_list(term), do: plain_list?(term)
+  # Whether it reads the same wherever it goes, without a look at its encoding.
+  defp plain?(term) when is_number(term) or is_boolean(term) or is_nil(term), do: true
+  defp plain?(term) when is_binary(term), do: String.valid?(term)
+  defp plain?(term) when is_list(term), do: plain_list?(term)
 
-  def plain?(term) when is_map(term) and not is_struct(term) do
+  defp plain?(term) when is_map(term) and not is_struct(term) do
     Enum.all?(term, fn {key, value} -> is_binary(key) and String.valid?(key) and plain?(value) end)
   end
 
-  def plain?(_term), do: false
+  defp plain?(_term), do: false
 
   defp plain_list?([head | tail]), do: plain?(head) and plain_list?(tail)
   defp plain_list?([]), do: true

@@ -4,9 +4,9 @@ defmodule Bridge.Store.Snapshot do
   # snapshot, made of the files alone.
 
   alias Bridge.Error
-  alias Bridge.Store.{Files, Log, Tables}
+  alias Bridge.Store.{Atoms, Files, Log, Tables}
 
-  @own ~w(owner secrets.key secrets.key.new)
+  @own ~w(owner secrets.key)
   @facts_a_frame 200
 
   @type found :: %{
@@ -19,16 +19,18 @@ defmodule Bridge.Store.Snapshot do
   @spec log_path(Path.t(), pos_integer()) :: Path.t()
   def log_path(directory, generation), do: Path.join(directory, "log.#{generation}")
 
-  @spec snapshot_path(Path.t(), pos_integer()) :: Path.t()
-  def snapshot_path(directory, generation), do: Path.join(directory, "snapshot.#{generation}")
+  defp snapshot_path(directory, generation), do: Path.join(directory, "snapshot.#{generation}")
 
   @doc "Makes the image what the directory holds. Changes no file. `cut`: where the newest log's sound part ends."
   @spec recover(Path.t(), Tables.t()) :: {:ok, found()} | {:error, Error.t()}
   def recover(directory, tables) do
+    # For all of its files: there may be many.
+    into = {tables, Atoms.budget()}
+
     with {:ok, files} <- listed(directory),
          {:ok, plan} <- plan(directory, files),
-         :ok <- load_snapshot(directory, plan.snapshot, tables),
-         {:ok, generation, cut} <- load_logs(directory, plan.logs, tables) do
+         :ok <- load_snapshot(directory, plan.snapshot, into),
+         {:ok, generation, cut} <- load_logs(directory, plan.logs, into) do
       bytes = if plan.snapshot, do: File.stat!(snapshot_path(directory, plan.snapshot)).size, else: 0
       unused = for log <- plan.logs, log > generation, do: log_path(directory, log)
       {:ok, %{generation: generation, cut: cut, snapshot_bytes: bytes, leftovers: plan.leftovers ++ unused}}
@@ -52,11 +54,10 @@ defmodule Bridge.Store.Snapshot do
 
     drafts =
       for "." <> _ = file <- files,
-          file =~ ~r/\A\.(log|snapshot|owner).*\.[0-9a-f]{16}\z/,
+          file =~ ~r/\A\.(log|snapshot|owner|secrets).*\.[0-9a-f]{16}\z/,
           do: Path.join(directory, file)
 
-    strange =
-      for file <- files, number(file) == nil, file not in @own, not String.starts_with?(file, [".", "owner."]), do: file
+    strange = for file <- files, number(file) == nil, file not in @own, not String.starts_with?(file, "."), do: file
 
     cond do
       numbered == [] and strange != [] ->
@@ -83,17 +84,18 @@ defmodule Bridge.Store.Snapshot do
     end
   end
 
-  defp load_snapshot(_directory, nil, _tables), do: :ok
+  defp load_snapshot(_directory, nil, _into), do: :ok
 
-  defp load_snapshot(directory, generation, tables) do
+  defp load_snapshot(directory, generation, {tables, budget}) do
     path = snapshot_path(directory, generation)
 
     load = fn
-      :complete, _state -> :complete
-      facts, :reading -> Tables.apply(tables, facts) && :reading
+      _term, :complete -> {:error, "it comes after the end"}
+      :complete, :reading -> {:ok, :complete}
+      facts, :reading -> with(:ok <- Tables.load(tables, facts), do: {:ok, :reading})
     end
 
-    case Log.fold(path, :snapshot, generation, :reading, load) do
+    case Log.fold(path, :snapshot, generation, budget, :reading, load) do
       {:ok, :complete, :whole} -> :ok
       # It had its name when all of it was on disk.
       {:ok, _state, _torn} -> damaged(path, "its end is missing")
@@ -103,35 +105,36 @@ defmodule Bridge.Store.Snapshot do
 
   # Which log is the last, and where its sound part ends. A log that has a successor says so at its end (`{:next, n}`),
   # so that one that is missing is missed.
-  defp load_logs(_directory, [], _tables), do: {:ok, 1, :new}
+  defp load_logs(_directory, [], _into), do: {:ok, 1, :new}
 
-  defp load_logs(directory, [generation | later], tables) do
+  defp load_logs(directory, [generation | later], into) do
     path = log_path(directory, generation)
     next = generation + 1
 
-    case {load_log(directory, generation, tables), later} do
+    case {load_log(directory, generation, into), later} do
       {{:error, reason}, _later} -> damaged(path, reason)
       {{:ok, {:next, ^next}, :whole}, []} -> damaged(log_path(directory, next), "it is missing")
-      {{:ok, {:next, ^next}, :whole}, later} -> load_logs(directory, later, tables)
+      {{:ok, {:next, ^next}, :whole}, later} -> load_logs(directory, later, into)
       {{:ok, :last, :whole}, []} -> {:ok, generation, nil}
       {{:ok, :last, {:torn, at}}, []} -> {:ok, generation, at}
-      {{:ok, :last, ending}, [^next]} -> not_begun(directory, generation, ending)
+      {{:ok, :last, ending}, [^next]} -> not_begun(directory, generation, ending, into)
       {_other, _later} -> damaged(path, "its end is missing")
     end
   end
 
-  defp load_log(directory, generation, tables) do
-    Log.fold(log_path(directory, generation), :log, generation, :last, fn
-      {:next, n}, :last -> {:next, n}
-      facts, :last -> Tables.apply(tables, facts) && :last
+  defp load_log(directory, generation, {tables, budget}) do
+    Log.fold(log_path(directory, generation), :log, generation, budget, :last, fn
+      _term, {:next, _n} -> {:error, "it comes after the end"}
+      {:next, n}, :last -> {:ok, {:next, n}}
+      facts, :last -> with(:ok <- Tables.load(tables, facts), do: {:ok, :last})
     end)
   end
 
   # The host died between making the next log and saying so in this one: nothing can be in that yet.
-  defp not_begun(directory, generation, ending) do
+  defp not_begun(directory, generation, ending, {_tables, budget}) do
     path = log_path(directory, generation + 1)
 
-    case Log.fold(path, :log, generation + 1, 0, fn _term, count -> count + 1 end) do
+    case Log.fold(path, :log, generation + 1, budget, 0, fn _term, count -> {:ok, count + 1} end) do
       {:ok, 0, :whole} -> {:ok, generation, with({:torn, at} <- ending, do: at, else: (:whole -> nil))}
       {:ok, _some, _ending} -> damaged(log_path(directory, generation), "its end is missing")
       {:error, reason} -> damaged(path, reason)
@@ -146,10 +149,11 @@ defmodule Bridge.Store.Snapshot do
     tables = Tables.new(versions: versions)
     {:ok, files} = File.ls(directory)
     {:ok, plan} = plan(directory, files)
-    :ok = load_snapshot(directory, plan.snapshot, tables)
+    into = {tables, Atoms.budget()}
+    :ok = load_snapshot(directory, plan.snapshot, into)
     # The log of that number is being written: nothing is read of it.
     done = Enum.reject(plan.logs, &(&1 == generation))
-    :ok = load_done(directory, done, tables)
+    for log <- done, do: {:ok, {:next, _n}, :whole} = load_log(directory, log, into)
 
     path = snapshot_path(directory, generation)
     :ok = write(path, generation, tables)
@@ -157,10 +161,6 @@ defmodule Bridge.Store.Snapshot do
     for log <- done, do: File.rm!(log_path(directory, log))
     if plan.snapshot, do: File.rm!(snapshot_path(directory, plan.snapshot))
     File.stat!(path).size
-  end
-
-  defp load_done(directory, logs, tables) do
-    Enum.each(logs, fn log -> {:ok, {:next, _n}, :whole} = load_log(directory, log, tables) end)
   end
 
   defp write(path, generation, tables) do

@@ -39,7 +39,7 @@ defmodule Bridge.Store.Staged do
       growth = %{more: more, new: if(at.version == 0, do: 1, else: 0), bytes: size - at.size}
       staged = put(staged, name, Map.merge(write, %{there: true, value: value, size: size}), growth)
 
-      with :ok <- Commit.check_quota(SessionStore.quota(cfg), known, staged.total), do: {:ok, write.version, staged}
+      with :ok <- Commit.check_quota(tables.quota, known, staged.total), do: {:ok, write.version, staged}
     end
   end
 
@@ -67,6 +67,17 @@ defmodule Bridge.Store.Staged do
     end
   end
 
+  @doc "Those that exist, each with its version, as the command sees them: of the session's, as they were at one moment."
+  @spec fetch_many(t(), struct(), String.t(), [String.t()]) :: %{String.t() => {term(), pos_integer()}}
+  def fetch_many(%__MODULE__{} = staged, cfg, session, names) do
+    {own, others} = Enum.split_with(names, &is_map_key(staged.writes, &1))
+    found = SessionStore.fetch_many(cfg, session, others)
+
+    for name <- own, %{there: true} = write <- [staged.writes[name]], into: found do
+      {name, {write.value, write.version}}
+    end
+  end
+
   @doc "The session's variables as the command sees them, as `Bridge.SessionStore.list/2` has them."
   @spec list(t(), struct(), String.t()) :: [map()]
   def list(%__MODULE__{} = staged, cfg, session) do
@@ -80,10 +91,6 @@ defmodule Bridge.Store.Staged do
     Enum.sort_by(there ++ own, & &1.name)
   end
 
-  @doc "Whether the command has written anything."
-  @spec empty?(t()) :: boolean()
-  def empty?(%__MODULE__{} = staged), do: staged.writes == %{}
-
   @doc "What to commit."
   @spec ops(t()) :: [Commit.op()]
   def ops(%__MODULE__{} = staged) do
@@ -93,34 +100,6 @@ defmodule Bridge.Store.Staged do
         write -> {:delete, name, write.if_version}
       end
     end
-  end
-
-  @doc "The same, of operations that were listed: each is counted, none is checked."
-  @spec of(struct(), String.t(), [Commit.op()]) :: t()
-  def of(cfg, session, ops) do
-    tables = SessionStore.tables!(cfg)
-
-    Enum.reduce(ops, new(), fn
-      {:set, name, value, if_version}, staged ->
-        at = Commit.known(tables, session, name)
-        write = %{there: true, value: value, size: :erlang.external_size(value), version: at.version + 1}
-
-        growth = %{
-          more: if(at.there, do: 0, else: 1),
-          new: if(at.version == 0, do: 1, else: 0),
-          bytes: write.size - at.size
-        }
-
-        put(staged, name, Map.put(write, :if_version, if_version), growth)
-
-      {:delete, name, if_version}, staged ->
-        at = Commit.known(tables, session, name)
-        write = %{there: false, value: nil, size: 0, version: at.version + 1, if_version: if_version}
-        put(staged, name, write, if(at.there, do: %{more: -1, new: 0, bytes: -at.size}, else: @nothing))
-
-      _instance, staged ->
-        staged
-    end)
   end
 
   defp session(tables, id), do: Commit.session(tables, id)

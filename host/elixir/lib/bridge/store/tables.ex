@@ -46,7 +46,10 @@ defmodule Bridge.Store.Tables do
     :kept_bytes
   ])
 
-  @enforce_keys [:main, :history, :commands, :calls, :ended, :clock, :versions, :quota]
+  alias Bridge.Error
+  alias Bridge.Store.Facts
+
+  @enforce_keys [:main, :history, :commands, :calls, :ended, :clear, :clock, :versions, :quota]
   defstruct @enforce_keys
 
   @type t :: %__MODULE__{}
@@ -79,6 +82,7 @@ defmodule Bridge.Store.Tables do
       commands: make.(:bridge_store_commands, :set),
       calls: make.(:bridge_store_calls, :ordered_set),
       ended: make.(:bridge_store_ended, :ordered_set),
+      clear: make.(:bridge_store_clear, :set),
       clock: Keyword.get(opts, :clock, &__MODULE__.system_time/0),
       versions: Keyword.get(opts, :versions, @kept_versions),
       quota: Keyword.get(opts, :quota)
@@ -91,7 +95,7 @@ defmodule Bridge.Store.Tables do
 
   @spec delete(t()) :: :ok
   def delete(%__MODULE__{} = t) do
-    for table <- [t.main, t.history, t.commands, t.calls, t.ended], do: :ets.delete(table)
+    for table <- [t.main, t.history, t.commands, t.calls, t.ended, t.clear], do: :ets.delete(table)
     :ok
   end
 
@@ -108,6 +112,16 @@ defmodule Bridge.Store.Tables do
     for {:gone, key} <- gone, do: :ets.delete(t.main, key)
     :ok
   end
+
+  @doc "As `apply/2`, of what was read from a file: `{:error, reason}` if these are no facts, or could not follow those before."
+  @spec load(t(), term()) :: :ok | {:error, String.t()}
+  def load(%__MODULE__{} = t, facts) do
+    with :ok <- Facts.check(facts), :ok <- Facts.sound(facts), do: __MODULE__.apply(t, facts)
+  rescue
+    error in Error -> {:error, error.message}
+  end
+
+  defp misplaced!(reason), do: raise(Error.new(:store_damaged, reason))
 
   defp stage(t, {:session, id, %{} = put}, staged) do
     row =
@@ -138,12 +152,17 @@ defmodule Bridge.Store.Tables do
     :ets.match_delete(t.history, {:put, {id, :_, :_}, :_})
     for command <- commands_of(t, id), do: forget_command(t, command.id)
     :ets.match_delete(t.ended, {:ended, :_, %{session: id}})
+    :ets.delete(t.clear, id)
     staged
   end
 
   defp stage(t, {:variable, id, name, put}, staged) do
     key = {:variable, id, name}
     known = find(t, staged, key)
+
+    if known != nil and put.version <= variable(known, :version),
+      do: misplaced!("version #{put.version} of a variable comes after version #{variable(known, :version)}")
+
     {kept, kept_bytes} = if known == nil, do: {0, 0}, else: keep(t, id, name, known)
     was_there = known != nil and variable(known, :there)
 
@@ -188,8 +207,16 @@ defmodule Bridge.Store.Tables do
   end
 
   defp stage(t, {:function_gone, id, name}, staged), do: drop_row(t, staged, id, {:function, id, name})
-  defp stage(t, {:secret, id, name, sealed}, staged), do: keep_row(t, staged, id, {:secret, id, name}, sealed, 0)
-  defp stage(t, {:secret_gone, id, name}, staged), do: drop_row(t, staged, id, {:secret, id, name})
+
+  defp stage(t, {:secret, id, name, sealed}, staged) do
+    :ets.delete(t.clear, id)
+    keep_row(t, staged, id, {:secret, id, name}, sealed, 0)
+  end
+
+  defp stage(t, {:secret_gone, id, name}, staged) do
+    :ets.delete(t.clear, id)
+    drop_row(t, staged, id, {:secret, id, name})
+  end
 
   defp stage(t, {:result, id, key, result}, staged) do
     keep_row(t, staged, id, {:result, id, key}, result, :erlang.external_size(result.value), 0)
@@ -198,12 +225,13 @@ defmodule Bridge.Store.Tables do
   defp stage(t, {:result_gone, id, key}, staged), do: drop_row(t, staged, id, {:result, id, key}, 0)
 
   defp stage(t, {:begun, command}, staged) do
+    if find(t, staged, {:session, command.session}) == nil, do: no_session!(command.session)
     :ets.insert(t.commands, {:command, command.id, command})
     staged
   end
 
   defp stage(t, {:tried, id, attempt}, staged) do
-    update_command(t, id, &%{&1 | status: :running, attempt: attempt})
+    update_command(t, id, &%{&1 | status: :running, error: nil, attempt: attempt})
     staged
   end
 
@@ -235,9 +263,7 @@ defmodule Bridge.Store.Tables do
         forget_command(t, id)
         error = with {:error, name} <- outcome, do: name, else: (:ok -> nil)
         command = command |> Map.drop([:params]) |> Map.merge(%{status: :ended, error: error, ended: at, calls: calls})
-        number = next(:ets.last(t.ended))
-        :ets.insert(t.ended, {:ended, number, command})
-        if :ets.info(t.ended, :size) > @kept_commands, do: :ets.delete(t.ended, :ets.first(t.ended))
+        remember(t, command)
 
       :error ->
         :ok
@@ -247,13 +273,19 @@ defmodule Bridge.Store.Tables do
   end
 
   defp stage(t, {:remembered, command}, staged) do
-    :ets.insert(t.ended, {:ended, next(:ets.last(t.ended)), command})
+    if find(t, staged, {:session, command.session}) == nil, do: no_session!(command.session)
+    remember(t, command)
     staged
   end
 
   defp stage(t, {:forgotten, id}, staged) do
     forget_command(t, id)
     staged
+  end
+
+  defp remember(t, command) do
+    :ets.insert(t.ended, {:ended, next(:ets.last(t.ended)), command})
+    if :ets.info(t.ended, :size) > @kept_commands, do: :ets.delete(t.ended, :ets.first(t.ended))
   end
 
   defp next(:"$end_of_table"), do: 1
@@ -301,7 +333,7 @@ defmodule Bridge.Store.Tables do
   defp drop(t, staged, id, key, growth), do: staged |> Map.put(key, {:gone, key}) |> count(t, id, growth)
 
   defp count(staged, t, id, growth) do
-    row = find(t, staged, {:session, id})
+    row = find(t, staged, {:session, id}) || no_session!(id)
 
     row =
       session_row(row,
@@ -313,6 +345,8 @@ defmodule Bridge.Store.Tables do
 
     Map.put(staged, {:session, id}, row)
   end
+
+  defp no_session!(id), do: misplaced!("there is no session #{inspect(id, printable_limit: 60)} that it could be of")
 
   defp find(t, staged, key) do
     case staged do
@@ -363,7 +397,7 @@ defmodule Bridge.Store.Tables do
   @doc "Those of one session, without the journal."
   @spec session_facts(t(), map()) :: [fact()]
   def session_facts(%__MODULE__{} = t, %{id: id} = session) do
-    puts = for {name, _newest} <- puts(t, id), put <- history(t, id, name), do: {:variable, id, name, put}
+    puts = for name <- variable_names(t, id), put <- history(t, id, name), do: {:variable, id, name, put}
 
     owned =
       for kind <- [:type, :instance, :function, :secret, :result],
@@ -510,14 +544,8 @@ defmodule Bridge.Store.Tables do
     end
   end
 
-  @doc "The newest version of every variable, by name; deleted ones are among them."
-  @spec puts(t(), String.t()) :: [{String.t(), put()}]
-  def puts(%__MODULE__{} = t, id) do
-    for row <- :ets.select(t.main, [{match_key({:variable, id, :_}), [], [:"$_"]}]) do
-      {:variable, _id, name} = variable(row, :key)
-      {name, to_put(row)}
-    end
-  end
+  # Deleted ones are among them.
+  defp variable_names(t, id), do: :ets.select(t.main, [{match_key({:variable, id, :"$1"}), [], [:"$1"]}])
 
   @doc "The versions of a variable that are kept, the oldest first."
   @spec history(t(), String.t(), String.t()) :: [put()]
@@ -554,6 +582,18 @@ defmodule Bridge.Store.Tables do
   def names(%__MODULE__{} = t, kind, id) do
     :ets.select(t.main, [{match_key({kind, id, :"$1"}), [], [:"$1"]}])
   end
+
+  @doc "What the owner has kept for a session with `keep_clear/3`, until one of its secrets is set or deleted."
+  @spec clear(t(), String.t()) :: {:ok, term()} | :error
+  def clear(%__MODULE__{} = t, id) do
+    case :ets.lookup(t.clear, id) do
+      [{:clear, ^id, kept}] -> {:ok, kept}
+      [] -> :error
+    end
+  end
+
+  @spec keep_clear(t(), String.t(), term()) :: true
+  def keep_clear(%__MODULE__{} = t, id, kept), do: :ets.insert(t.clear, {:clear, id, kept})
 
   @spec count(t(), :variable | :instance | :function | :secret, String.t()) :: non_neg_integer()
   def count(%__MODULE__{} = t, :variable, id) do

@@ -5,6 +5,7 @@ defmodule Bridge.Store.Vault do
   # made when the first secret is sealed, and stays in the process that has the vault.
 
   alias Bridge.Error
+  alias Bridge.Store.Files
 
   @key_file "secrets.key"
   @key_bytes 32
@@ -105,19 +106,12 @@ defmodule Bridge.Store.Vault do
 
   defp missing(%{path: path} = vault, :make) do
     key = :crypto.strong_rand_bytes(@key_bytes)
-    draft = path <> ".new"
 
-    # Whole or not at all, for it is on disk before anything that it sealed is.
-    with :ok <- remove(draft),
-         {:ok, file} <- :file.open(draft, [:write, :raw, :binary, :exclusive]),
-         :ok <- File.chmod(draft, 0o600),
-         :ok <- :file.write(file, key),
-         :ok <- :file.sync(file),
-         :ok <- :file.close(file),
-         :ok <- File.rename(draft, path),
-         :ok <- Bridge.Store.Files.sync_directory(Path.dirname(path)) do
-      {:ok, fn -> key end}
-    else
+    # On disk before anything that it sealed is; and never in the place of another.
+    case Files.create(path, key) do
+      :ok ->
+        {:ok, fn -> key end}
+
       {:error, reason} ->
         Error.error(
           :secret_unreadable,
@@ -125,10 +119,6 @@ defmodule Bridge.Store.Vault do
           remedy: "See to the permissions and the space there; nothing was sealed."
         )
     end
-  end
-
-  defp remove(path) do
-    with {:error, :enoent} <- File.rm(path), do: :ok
   end
 
   defp unreadable(vault, reason) do

@@ -47,6 +47,7 @@ defmodule Mix.Tasks.Bridge.Gen do
 
     # The name is looked at before a kernel is started for it.
     unwrap(Gen.check_name(module))
+    check_free(module)
     inspected = inspected(path, opts)
     if opts[:save], do: File.write!(opts[:save], Bridge.JSON.encode!(Gen.said(inspected)))
     source = unwrap(Gen.source(inspected, module))
@@ -58,6 +59,15 @@ defmodule Mix.Tasks.Bridge.Gen do
       File.mkdir_p!(Path.dirname(output))
       File.write!(output, format.(source))
       Mix.shell().info([:green, "* creating ", :reset, output])
+    end
+  end
+
+  # Written over, one of Elixir's own modules would end every mix task of this project.
+  defp check_free(module) do
+    owner = Application.get_application(Module.concat([module]))
+
+    if owner not in [nil, Mix.Project.config()[:app]] do
+      Mix.raise("there is a module #{module} already, of #{owner}: choose another name")
     end
   end
 

@@ -118,6 +118,8 @@ defmodule Bridge do
   @spec stop(atom(), timeout() | nil) :: :ok
   def stop(bridge \\ Bridge, timeout \\ nil) do
     with {:ok, cfg} <- Config.fetch(bridge), pid when is_pid(pid) <- Process.whereis(bridge) do
+      # Who comes from now on has not begun: it is told, and nothing of it is left to go on with.
+      Commands.close(cfg)
       Pool.close(cfg, timeout || cfg.shutdown)
       monitor = Process.monitor(pid)
       terminate(pid)

@@ -113,6 +113,21 @@ defmodule Bridge.OtpTest do
     refute id in Enum.map(ready(bridge, 2), & &1.id)
   end
 
+  test "a machine that stood still for longer than a heartbeat gives up no kernel" do
+    %{name: bridge} = bridge(kernels: 1, heartbeat: 1_000)
+    [%{id: id, pid: pid, os_pid: os_pid}] = ready(bridge, 1)
+    # Both at once, with a ping under way.
+    signal(os_pid, "STOP")
+    eventually("it was pinged", fn -> :sys.get_state(pid).pinged end)
+    true = :erlang.suspend_process(pid)
+    until = System.monotonic_time(:millisecond) + 1_500
+    eventually("it has stood still", fn -> System.monotonic_time(:millisecond) > until end)
+    true = :erlang.resume_process(pid)
+    signal(os_pid, "CONT")
+    assert {:ok, 5.0} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge, retries: 0)
+    assert [%{id: ^id}] = ready(bridge, 1)
+  end
+
   test "nor is its heartbeat forgotten while it is written to" do
     %{name: bridge} = bridge(kernels: 1, heartbeat: 600)
     [%{os_pid: os_pid}] = ready(bridge, 1)
@@ -212,6 +227,26 @@ defmodule Bridge.OtpTest do
     else
       _not_yet -> nil
     end
+  end
+
+  test "if the owner of a bridge's directory is killed, all is started anew, in a directory of that name" do
+    %{name: bridge} = bridge(kernels: 1)
+    [%{id: before}] = ready(bridge, 1)
+    directory = runtime_dir(bridge)
+    top = Process.whereis(bridge)
+    owner = Process.whereis(Config.process(bridge, :owner))
+    Process.exit(owner, :kill)
+
+    eventually("another one is there", fn ->
+      Process.whereis(Config.process(bridge, :commands)) && Process.whereis(Config.process(bridge, :owner)) != owner
+    end)
+
+    assert [%{id: id}] = ready(bridge, 1)
+    assert id != before
+    assert {:ok, 5.0} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge)
+    assert Process.whereis(bridge) == top
+    assert runtime_dir(bridge) == directory
+    assert File.stat!(directory).mode |> Bitwise.band(0o777) == 0o700
   end
 
   test "two bridges know nothing of each other, and one is stopped without the other" do
@@ -339,6 +374,10 @@ defmodule Bridge.OtpTest do
 
   test "a BEAM that is killed leaves no kernel: those that run end, one that is stopped is ended by the next host" do
     %{mark: mark, opts: opts} = bridge(kernels: 2, start: false)
+    # Of its own: whatever host starts on this machine meanwhile would end what is left in the one they share.
+    directory = Path.join(System.tmp_dir!(), "b#{System.unique_integer([:positive])}-#{System.pid()}")
+    File.mkdir!(directory)
+    on_exit(fn -> File.rm_rf!(directory) end)
 
     port =
       Port.open({:spawn_executable, System.find_executable("elixir")}, [
@@ -346,7 +385,10 @@ defmodule Bridge.OtpTest do
         :stderr_to_stdout,
         line: 1_000,
         args: ["-pa", Bridge |> :code.which() |> Path.dirname(), "-e", @beam],
-        env: [{~c"OPTIONS", opts |> inspect(limit: :infinity) |> to_charlist()}]
+        env: [
+          {~c"OPTIONS", opts |> inspect(limit: :infinity) |> to_charlist()},
+          {~c"TMPDIR", to_charlist(directory)}
+        ]
       ])
 
     beam = said_pids(port, mark)
@@ -356,7 +398,8 @@ defmodule Bridge.OtpTest do
     eventually("who runs has ended", fn -> not alive?(running) end)
     # It can do nothing, and nobody can for it.
     assert alive?(stopped)
-    bridge(kernels: 0)
+    # What a pool does when it starts.
+    assert [%{killed: [^stopped]}] = Bridge.Pool.Orphans.sweep(directory)
     eventually("who was stopped has ended", fn -> marked(mark) == [] end)
   end
 
@@ -382,7 +425,7 @@ defmodule Bridge.OtpTest do
         try:
             await ctx.call_tool("arrived")
             await asyncio.sleep(600)
-        except asyncio.CancelledError:
+        except BaseException:  # the callback is stopped, or the task: whichever is first
             open(path, "w").close()
             raise
     """
@@ -443,6 +486,26 @@ defmodule Bridge.OtpTest do
     assert [%{id: id}] = Bridge.kernels!(bridge: bridge)
     assert id == kernel.id
     assert Task.Supervisor.children(Config.process(bridge, :tool_tasks)) == []
+  end
+
+  test "a tool may wait for a command that waits for the place of the tool's own command" do
+    %{name: bridge} = bridge(kernels: 1, concurrency: 1)
+    test = self()
+    keyed = fn -> Bridge.call("s", "math.hypot", [3, 4], bridge: bridge, idempotency_key: "k") end
+
+    joins = fn ->
+      send(test, {:arrived, self()})
+      receive do: (:go_on -> elem(keyed.(), 1))
+    end
+
+    :ok = Tools.register("s", "joins", joins, bridge: bridge)
+    :ok = Bridge.define("s", "outer", "def outer(ctx):\n    return ctx.call_tool('joins')", bridge: bridge)
+    outer = Task.async(fn -> Bridge.call("s", "outer", [], bridge: bridge) end)
+    assert_receive {:arrived, tool}, 30_000
+    waiting = Task.async(keyed)
+    eventually("it waits", fn -> Bridge.status!(bridge: bridge).waiting == 1 end)
+    send(tool, :go_on)
+    assert Task.await_many([outer, waiting], 60_000) == [{:ok, 5.0}, {:ok, 5.0}]
   end
 
   test "commands in tools of commands in tools need no second place" do

@@ -183,6 +183,7 @@ defmodule Bridge.Callbacks do
   defp fresh(state, callback, method, _params, asked, seq, buffers) do
     {reply, versions} = read(state, method, asked)
     {journal, entry} = Journal.record(state.journal, seq, method, asked, buffers, false)
+    {journal, reply} = Journal.once(journal, entry.digest, reply)
     entry = %{entry | reply: reply, versions: versions}
     state = %{state | journal: Journal.put(journal, entry)}
     if versions != nil and durable?(state), do: note(state, entry)
@@ -243,7 +244,7 @@ defmodule Bridge.Callbacks do
   defp read(state, "instance.fetch", [ref]) do
     with {:ok, record} <- Request.instance(state.cfg, state.session, ref),
          {:ok, written, buffers} <- Request.record(record, 0) do
-      {{:ok, JSON.encode!(written), buffers}, nil}
+      {{:ok, json(written), buffers}, nil}
     else
       {:error, error} -> {{:error, error}, nil}
     end
@@ -274,7 +275,7 @@ defmodule Bridge.Callbacks do
 
   defp value_reply(name, value, version) do
     with {:ok, json, buffers} <- Value.encode(value, name) do
-      {:ok, JSON.encode!(%{"value" => json, "version" => version}), buffers}
+      {:ok, json(%{"value" => json, "version" => version}), buffers}
     end
   end
 
@@ -283,11 +284,14 @@ defmodule Bridge.Callbacks do
 
     with {:ok, trees, buffers} <- Value.encode_many(for {name, {value, _}} <- found, do: {name, value}) do
       values = for {{name, _found}, json} <- Enum.zip(found, trees), into: %{}, do: {name, json}
-      {:ok, JSON.encode!(%{"values" => values}), buffers}
+      {:ok, json(%{"values" => values}), buffers}
     end
   end
 
-  defp ok(result), do: {:ok, JSON.encode!(result), []}
+  defp ok(result), do: {:ok, json(result), []}
+
+  # Kept as long as the command runs, and sent on twice: as a list it would be many times as large, and copied.
+  defp json(term), do: term |> JSON.encode!() |> IO.iodata_to_binary()
 
   defp answer(state, callback, reply) do
     if state.place, do: Kernel.answer(state.place.pid, callback, reply)
@@ -358,7 +362,7 @@ defmodule Bridge.Callbacks do
              kwargs = kwargs |> Enum.map(&elem(&1, 0)) |> Enum.zip(named) |> Map.new(),
              {:ok, arguments} <- Tools.arguments(tool, args, kwargs),
              {:ok, json, buffers} <- Value.encode(Tools.invoke(tool, arguments), "#{tool.name}()") do
-          {:ok, JSON.encode!(%{"value" => json}), buffers}
+          {:ok, json(%{"value" => json}), buffers}
         end
       catch
         kind, reason -> {:error, Error.Wire.from_caught(kind, reason, __STACKTRACE__)}

@@ -14,6 +14,9 @@ defmodule Bridge.Command do
 
   # From the next attempt on it runs alone: if that kernel dies too, it is proven who did it.
   @shared_attempts 2
+  # How long a tool that traps exits may take to end.
+  @tool_exit_ms 5_000
+
   @derive {Inspect, only: [:id, :session, :attempt]}
   @enforce_keys [:cfg, :session, :prepared, :terms, :id, :trace]
   defstruct @enforce_keys ++
@@ -227,8 +230,11 @@ defmodule Bridge.Command do
   # -- what happens ---------------------------------------------------------------------------------
 
   @impl true
-  def handle_cast({:join, caller, ref}, state) do
-    {:noreply, put_in(state.waiters[ref], {caller, Process.monitor(caller)})}
+  def handle_cast({:join, caller, ref, depth}, state) do
+    state = put_in(state.waiters[ref], {caller, Process.monitor(caller)})
+    # The place that it waits for may be that of a command whose tool waits for it now.
+    if depth > 0 and state.asked != nil, do: Pool.hurry(state.cfg)
+    {:noreply, put_in(state.terms.depth, max(state.terms.depth, depth))}
   end
 
   def handle_cast({:leave, ref}, state), do: left(state, ref)
@@ -511,7 +517,34 @@ defmodule Bridge.Command do
     {:stop, :normal, state}
   end
 
-  defp end_tools(state), do: for({_monitor, tool} <- state.tools, do: Process.exit(tool.pid, :shutdown))
+  # Not waited for here: whoever asked is to be told now.
+  defp end_tools(%{tools: tools}) when map_size(tools) == 0, do: :ok
+
+  defp end_tools(state) do
+    pids = for {_monitor, tool} <- state.tools, do: tool.pid
+    Enum.each(pids, &Process.exit(&1, :shutdown))
+    # A bridge that is being stopped ends them itself.
+    _ = Task.Supervisor.start_child(Config.process(state.cfg.name, :tool_tasks), fn -> end_surely(pids) end)
+    :ok
+  catch
+    :exit, _no_supervisor -> :ok
+  end
+
+  # Also one that traps exits.
+  defp end_surely(pids) do
+    left = Map.new(pids, &{Process.monitor(&1), &1})
+    timer = Process.send_after(self(), :late, @tool_exit_ms)
+    end_surely(left, timer)
+  end
+
+  defp end_surely(left, timer) when map_size(left) == 0, do: Process.cancel_timer(timer)
+
+  defp end_surely(left, timer) do
+    receive do
+      {:DOWN, monitor, :process, _pid, _reason} -> end_surely(Map.delete(left, monitor), timer)
+      :late -> for {_monitor, pid} <- left, do: Process.exit(pid, :kill)
+    end
+  end
 
   # Who comes with the key again must not pay twice: a command that was lost, or out of time, goes on then where it was.
   defp failed(state, error, how) do

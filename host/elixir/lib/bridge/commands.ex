@@ -39,6 +39,10 @@ defmodule Bridge.Commands do
     end)
   end
 
+  @doc "From now on only what tools of running commands send is run."
+  @spec close(Config.t()) :: :ok
+  def close(cfg), do: Registry.put_meta(Config.process(cfg.name, :keys), :closed, true)
+
   # What is looked up in a store that is being closed raises, or finds no table.
   defp while_open(cfg, fun) do
     fun.()
@@ -47,7 +51,10 @@ defmodule Bridge.Commands do
       if error.name == :host_closed, do: {:error, error}, else: reraise(error, __STACKTRACE__)
 
     error in ArgumentError ->
-      with {:ok, _tables} <- Bridge.Store.Owner.tables(cfg), do: reraise(error, __STACKTRACE__)
+      # The first to go, and the last to come: all that it needs is there as long as it is.
+      if Process.whereis(Config.process(cfg.name, :commands)),
+        do: reraise(error, __STACKTRACE__),
+        else: Error.error(:host_closed, "#{inspect(cfg.name)} is not running")
   end
 
   defp allowed(cfg, prepared) do
@@ -178,7 +185,7 @@ defmodule Bridge.Commands do
   defp join(cfg, session, prepared, terms, pid) do
     ref = :erlang.alias()
     monitor = Process.monitor(pid)
-    GenServer.cast(pid, {:join, self(), ref})
+    GenServer.cast(pid, {:join, self(), ref, terms.depth})
 
     case await({pid, ref, monitor}, Terms.patience(terms)) do
       :timeout ->

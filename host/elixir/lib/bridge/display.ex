@@ -35,7 +35,7 @@ defmodule Bridge.Display do
   @spec new(map(), keyword()) :: t()
   def new(%{"data" => %{} = data} = content, opts \\ []) do
     data = for {mime, value} <- data, is_binary(mime), into: %{}, do: {mime, joined(value)}
-    id = get_in(content, ["transient", "display_id"])
+    id = with %{"transient" => %{"display_id" => id}} <- content, do: id
 
     %__MODULE__{
       data: data,

@@ -26,6 +26,7 @@ defmodule Bridge.Journal do
             next: 1,
             own: %{},
             free: %{},
+            readings: %{},
             replaying: false,
             overflowed: false,
             effects: false,
@@ -182,6 +183,16 @@ defmodule Bridge.Journal do
     if count(journal) < @max_callbacks,
       do: {put_in(journal.entries[entry.n], entry), entry},
       else: {%{journal | overflowed: true}, entry}
+  end
+
+  @doc "A reading's reply, which is the earlier one if it says the same: who reads in a loop keeps one of it."
+  @spec once(t(), binary(), term()) :: {t(), term()}
+  def once(journal, digest, reply) do
+    case journal.readings do
+      %{^digest => ^reply = same} -> {journal, same}
+      %{} when map_size(journal.readings) >= @max_callbacks -> {journal, reply}
+      %{} -> {put_in(journal.readings[digest], reply), reply}
+    end
   end
 
   @doc "`:replay_diverged` if a tool's effect has happened that the attempt which succeeded did not ask for."

@@ -29,6 +29,8 @@ defmodule Bridge.Kernel do
   @hopeless_after 3
   @exit_ms 250
   @longest_id 128
+  # No kernel's policy allows less, and what a host asks for itself must fit.
+  @least_message_bytes 65_536
 
   defstruct [
     :cfg,
@@ -42,6 +44,7 @@ defmodule Bridge.Kernel do
     :born,
     :heard,
     :beat,
+    :due,
     status: :down,
     owners: %{},
     ids: %{},
@@ -223,13 +226,16 @@ defmodule Bridge.Kernel do
 
   defp attached(state, %{"kernel" => %{"id" => id}, "limits" => %{} = limits})
        when is_binary(id) and byte_size(id) in 1..@longest_id do
-    limits = Map.filter(limits, fn {_name, limit} -> is_integer(limit) and limit > 0 end)
+    limits = Map.filter(limits, fn {name, limit} -> is_integer(limit) and limit >= least(name) end)
     {:ok, %{state | id: id, conn: %{state.conn | limits: limits}}}
   end
 
   defp attached(_state, _other) do
     Error.error(:kernel_start_failed, "the kernel's answer to bridge.attach does not fit the contract")
   end
+
+  defp least("max_message_bytes"), do: @least_message_bytes
+  defp least(_name), do: 1
 
   defp ready(state, began) do
     now = System.monotonic_time()
@@ -506,15 +512,17 @@ defmodule Bridge.Kernel do
   defp beat(%{cfg: %{heartbeat: nil}} = state), do: state
 
   defp beat(%{cfg: %{heartbeat: heartbeat}} = state) do
-    beat = make_ref()
-    Process.send_after(self(), {:beat, beat}, max(div(heartbeat, @beats), 1))
-    %{state | beat: beat}
+    {beat, pause} = {make_ref(), max(div(heartbeat, @beats), 1)}
+    Process.send_after(self(), {:beat, beat}, pause)
+    %{state | beat: beat, due: System.monotonic_time() + System.convert_time_unit(pause, :millisecond, :native)}
   end
 
-  # A ping that was not answered counts only if it was sent a while ago: time in which this process did not come to listen
-  # is not the kernel's silence. Whatever it said since is in front of this message in the mailbox, and was heard.
+  # A ping that was not answered counts only if it was sent a while ago. Time in which this process did not come to
+  # listen is not the kernel's silence: a beat that is late, for this host or its machine stood still, says how much.
   defp check(state) do
-    silence = System.monotonic_time() - state.heard
+    now = System.monotonic_time()
+    state = %{state | heard: min(state.heard + max(now - state.due, 0), now)}
+    silence = now - state.heard
     limit = System.convert_time_unit(state.cfg.heartbeat, :millisecond, :native)
 
     cond do

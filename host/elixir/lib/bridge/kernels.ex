@@ -49,7 +49,15 @@ defmodule Bridge.Kernels do
 
   @doc "As many places as `count`: more are started, too many finish what runs there and go."
   @spec scale(Config.t(), non_neg_integer()) :: :ok | {:error, Error.t()}
+  # Two that count at once would both make up for what is missing.
   def scale(cfg, count) do
+    :global.trans({{__MODULE__, cfg.name}, self()}, fn -> scale_to(cfg, count) end, [node()])
+  catch
+    :exit, {reason, _call} when reason in [:noproc, :normal, :shutdown] ->
+      Error.error(:host_closed, "#{inspect(cfg.name)} is not running")
+  end
+
+  defp scale_to(cfg, count) do
     pids = pids(cfg)
     before = length(pids)
 

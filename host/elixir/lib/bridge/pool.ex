@@ -76,6 +76,10 @@ defmodule Bridge.Pool do
     end
   end
 
+  @doc "Who called `request/3` and waits still is nested from now on: a tool of a running command waits for it."
+  @spec hurry(cfg()) :: :ok
+  def hurry(cfg), do: GenServer.cast(process(cfg), {:hurry, self()})
+
   # By the process that asked: the pool's own has enough to do.
   defp tell_route(cfg, ask, place, grant) do
     measured = %{
@@ -254,6 +258,11 @@ defmodule Bridge.Pool do
   def handle_cast({:checkin, lease, outcome}, state) do
     Process.demonitor(lease, [:flush])
     {:noreply, state |> run(&Desk.checkin(&1, lease, outcome, now())) |> closed()}
+  end
+
+  def handle_cast({:hurry, pid}, state) do
+    waiting = for {ref, {^pid, _tag}} <- state.callers, do: ref
+    {:noreply, Enum.reduce(waiting, state, fn ref, state -> run(state, &Desk.hurry(&1, ref, now())) end)}
   end
 
   def handle_cast({:down, id}, state), do: {:noreply, state |> forget_kernel(id) |> run(&Desk.leave(&1, id, now()))}

@@ -14,6 +14,9 @@ defmodule Bridge.Runtime do
   def init(cfg) do
     Process.flag(:trap_exit, true)
 
+    # Left by a life of this process that was killed. Of somebody else's nothing can be removed, and it is not made.
+    _ = File.rm_rf(cfg.runtime_dir)
+
     with :ok <- File.mkdir(cfg.runtime_dir), :ok <- File.chmod(cfg.runtime_dir, 0o700) do
       Config.put(cfg)
       {:ok, cfg}

@@ -501,7 +501,7 @@ defmodule Bridge.SessionStore do
   def busy(cfg, session, pid), do: Owner.call(cfg, {:busy, session, pid})
 
   @doc false
-  # The process is sent `{:bridge_session, :made | :gone, id}` from then on.
+  # The process is sent `{:bridge_session, :made | :gone, id, unique_integer}` from then on.
   @spec watch_sessions(struct(), pid()) :: :ok
   def watch_sessions(cfg, pid \\ self()), do: Owner.call(cfg, {:watch, pid})
 

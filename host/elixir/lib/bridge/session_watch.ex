@@ -16,13 +16,13 @@ defmodule Bridge.SessionWatch do
   end
 
   @impl true
-  def handle_info({:bridge_session, :made, id}, cfg) do
+  def handle_info({:bridge_session, :made, id, _at}, cfg) do
     Telemetry.execute(cfg, [:bridge, :session, :start], %{system_time: System.system_time()}, %{session: id})
     {:noreply, cfg}
   end
 
-  def handle_info({:bridge_session, :gone, id}, cfg) do
-    Tools.forget(id, bridge: cfg.name)
+  def handle_info({:bridge_session, :gone, id, at}, cfg) do
+    Tools.forget(id, at, bridge: cfg.name)
     Telemetry.forget(id, bridge: cfg.name)
     said = %{session: id, reason: "deleted or expired"}
     Telemetry.execute(cfg, [:bridge, :session, :stop], %{system_time: System.system_time()}, said)

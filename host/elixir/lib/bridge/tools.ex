@@ -68,7 +68,7 @@ defmodule Bridge.Tools do
     with {:ok, table, session} <- locate(session, opts),
          {:ok, tool} <- describe(session, name, fun, opts),
          :ok <- room(table, session, tool.name) do
-      :ets.insert(table, {{session, tool.name}, tool})
+      :ets.insert(table, {{session, tool.name}, tool, System.unique_integer([:monotonic])})
       :ok
     end
   end
@@ -92,7 +92,7 @@ defmodule Bridge.Tools do
   @spec list(session(), keyword()) :: {:ok, [Registered.t()]} | {:error, Error.t()}
   def list(session, opts \\ []) do
     with {:ok, table, session} <- locate(session, opts) do
-      {:ok, :ets.select(table, [{{{session, :_}, :"$1"}, [], [:"$1"]}])}
+      {:ok, :ets.select(table, [{{{session, :_}, :"$1", :_}, [], [:"$1"]}])}
     end
   end
 
@@ -105,7 +105,7 @@ defmodule Bridge.Tools do
   def fetch(session, name, opts \\ []) do
     with {:ok, table, session} <- locate(session, opts) do
       case :ets.lookup(table, {session, name}) do
-        [{_key, tool}] -> {:ok, tool}
+        [{_key, tool, _at}] -> {:ok, tool}
         [] -> not_found(session, name)
       end
     end
@@ -123,11 +123,11 @@ defmodule Bridge.Tools do
   @spec tool!(session(), String.t(), keyword()) :: struct()
   def tool!(session, name, opts \\ []), do: bang(tool(session, name, opts))
 
-  @doc "Forgets all tools of a session: it is gone."
-  @spec forget(session(), keyword()) :: :ok
-  def forget(session, opts \\ []) do
+  @doc "Forgets the tools that a session had when it went: those that were registered since are another's."
+  @spec forget(session(), integer(), keyword()) :: :ok
+  def forget(session, at \\ System.unique_integer([:monotonic]), opts) do
     with {:ok, table, session} <- locate(session, opts) do
-      :ets.match_delete(table, {{session, :_}, :_})
+      :ets.select_delete(table, [{{{session, :_}, :_, :"$1"}, [{:<, :"$1", at}], [true]}])
     end
 
     :ok
@@ -189,7 +189,7 @@ defmodule Bridge.Tools do
   end
 
   defp room(table, session, name) do
-    count = :ets.select_count(table, [{{{session, :_}, :_}, [], [true]}])
+    count = :ets.select_count(table, [{{{session, :_}, :_, :_}, [], [true]}])
 
     if count < @max_tools or :ets.member(table, {session, name}) do
       :ok

@@ -124,6 +124,24 @@ defmodule Bridge.CommandTest do
     assert Task.await(command, 60_000) == {:ok, 1_200}
   end
 
+  test "a command that reads one variable over and over keeps one of it", %{session: session, bridge: bridge} do
+    {:ok, _} = SessionStore.set_variable(session, "x", Enum.to_list(1..10_000))
+    held(session, "held")
+    source = "def f(ctx):\n    for _ in range(100):\n        ctx['x']\n    return ctx.call_tool('held')"
+    :ok = Bridge.define(session, "f", source)
+    command = Task.async(fn -> Bridge.call(session, "f") end)
+    tool = held!("held")
+    process = process_of(bridge, session)
+    true = :erlang.garbage_collect(process)
+    {:memory, words} = Process.info(process, :memory)
+    {:binary, binaries} = Process.info(process, :binary)
+    # One reading is 50,000 bytes.
+    bytes = binaries |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&elem(&1, 1)) |> Enum.sum()
+    assert words + bytes < 1_000_000
+    send(tool, {:return, 1})
+    assert {:ok, 1} = Task.await(command, 60_000)
+  end
+
   # -- sources ------------------------------------------------------------------------------------
 
   test "a source that every kernel has forgotten is sent again, to whichever has the command" do
@@ -205,6 +223,23 @@ defmodule Bridge.CommandTest do
     assert [%{error: :cancelled}] = Bridge.journal!(session: session, bridge: bridge)
   end
 
+  test "a tool that traps exits ends too when nobody waits for it any more", %{session: session} do
+    test = self()
+
+    stubborn = fn ->
+      Process.flag(:trap_exit, true)
+      send(test, {:held, "stubborn", self()})
+      receive do: (:never -> 1)
+    end
+
+    :ok = Tools.register(session, "stubborn", stubborn)
+    :ok = Bridge.define(session, "f", "def f(ctx):\n    return ctx.call_tool('stubborn')")
+    caller = spawn(fn -> Bridge.call(session, "f") end)
+    monitor = "stubborn" |> held!() |> Process.monitor()
+    Process.exit(caller, :kill)
+    assert_receive {:DOWN, ^monitor, :process, _, :killed}, 30_000
+  end
+
   # -- sessions that go ---------------------------------------------------------------------------------
 
   for idempotent <- [true, false] do
@@ -220,6 +255,18 @@ defmodule Bridge.CommandTest do
       send(tool, {:return, 1})
       assert {:error, %Error{name: :not_found}} = Task.await(command, 60_000)
     end
+  end
+
+  test "a tool that is registered when a session of that name has just gone is the next one's", %{bridge: bridge} do
+    [watch] = for {Bridge.SessionWatch, pid, _, _} <- Supervisor.which_children(bridge), do: pid
+    {:ok, _} = SessionStore.create_session("again", bridge: bridge)
+    :ok = Tools.register("again", "old", fn -> 1 end, bridge: bridge)
+    :ok = :sys.suspend(watch)
+    :ok = SessionStore.delete_session("again", bridge: bridge)
+    :ok = Tools.register("again", "new", fn -> 1 end, bridge: bridge)
+    :ok = :sys.resume(watch)
+    :sys.get_state(watch)
+    assert ["new"] = for(tool <- Tools.list!("again", bridge: bridge), do: tool.name)
   end
 
   # -- keys ----------------------------------------------------------------------------------------------
@@ -260,7 +307,7 @@ defmodule Bridge.CommandTest do
 
     eventually("it has asked", fn ->
       {:messages, messages} = Process.info(pid, :messages)
-      Enum.any?(messages, &match?({:"$gen_cast", {:join, _, _}}, &1))
+      Enum.any?(messages, &match?({:"$gen_cast", {:join, _, _, _}}, &1))
     end)
 
     :erlang.resume_process(pid)

@@ -98,6 +98,8 @@ def obey(id: str, what: str, params: dict[str, Any], parent: dict[str, Any]) -> 
                 "display_data", {"data": {"text/plain": ["a"]}, "transient": {"display_id": 3}}, parent, ".display_data"
             )
             send("display_data", {"data": {"application/vnd.bridge.telemetry.v1+json": 5}}, parent, ".display_data")
+            for transient in (False, None, {"display_id": []}):
+                send("display_data", {"data": {"text/plain": "a"}, "transient": transient}, parent, ".display_data")
             say(method="command.progress", params=7)
             say(method="no.such", params={"command": id})
             say(id="x", result={})

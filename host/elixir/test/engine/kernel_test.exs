@@ -56,6 +56,18 @@ defmodule Bridge.KernelTest do
     assert Bridge.status!(bridge: bridge).running == 0
   end
 
+  test "kernels that take the shortest messages there are serve, and live" do
+    %{name: bridge} = bridge(arguments: ["--Policy.max_message_bytes=65536"], heartbeat: 200)
+    [%{pid: pid}] = ready(bridge, 1)
+    assert {:ok, 5.0} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge)
+    eventually("it was pinged", fn -> Telemetry.events(bridge, [:bridge, :kernel, :memory]) != [] end)
+    assert %{} = Bridge.stats!(bridge: bridge) |> Map.values() |> hd()
+    assert [%{pid: ^pid}] = Bridge.kernels!(bridge: bridge)
+
+    assert {:error, %Error{name: :limit_exceeded}} =
+             Bridge.call("s", "builtins.len", [String.duplicate("x", 65_536)], bridge: bridge)
+  end
+
   test "callbacks that are none are refused, each of them", %{tmp_dir: dir} do
     assert {:ok, "answered"} = dir |> hosted() |> call("odd_callbacks")
   end
@@ -129,6 +141,17 @@ defmodule Bridge.KernelTest do
     on_exit(fn -> Telemetry.detach({__MODULE__, bridge}) end)
     assert {:ok, 5.0} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge)
     assert_receive {:told, {:error, %Error{name: :invalid_params}}}, 30_000
+  end
+
+  test "however many ask at once for so many kernels, there are as many" do
+    %{name: bridge} = bridge(kernels: 0, python: "no such python")
+    {:ok, cfg} = Bridge.Config.fetch(bridge)
+
+    for wanted <- [3, 1, 2] do
+      callers = for _ <- 1..16, do: Task.async(fn -> Bridge.scale(wanted, bridge: bridge) end)
+      assert Enum.uniq(Task.await_many(callers)) == [:ok]
+      assert length(Kernels.pids(cfg)) == wanted
+    end
   end
 
   test "kernels that are on their way out finish what they run, however often fewer are asked for, and are not counted" do

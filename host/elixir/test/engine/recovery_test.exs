@@ -177,6 +177,28 @@ defmodule Bridge.RecoveryTest do
     assert {:ok, ["paid", "done"]} = Task.await(resumed, 60_000)
   end
 
+  test "a command that comes when its bridge is being stopped has not begun, and does not go on in the next", %{
+    tmp_dir: dir,
+    counts: counts
+  } do
+    session = host(dir, counts)
+    :ok = Bridge.define(session, "f", @source)
+    command = Task.async(fn -> Bridge.call(session, "f") end)
+    tool = held!()
+    stopping = Task.async(fn -> Bridge.stop(session.bridge) end)
+    eventually("it is closed", fn -> Bridge.status!(bridge: session.bridge).closed end)
+    assert {:error, %Error{name: :host_closed}} = Bridge.call(session, "f")
+    assert {:error, %Error{name: :host_closed}} = Bridge.call(session, "f", [], idempotency_key: "k")
+    assert_raise Error, ~r/being stopped/, fn -> session |> Bridge.stream("f") |> Enum.to_list() end
+    send(tool, {:return, "done"})
+    assert {:ok, ["paid", "done"]} = Task.await(command, 60_000)
+    assert :ok = Task.await(stopping, 60_000)
+
+    session = host(dir, counts)
+    assert {:ok, []} = Bridge.interrupted(bridge: session.bridge)
+    assert :counters.get(counts, 1) == 1
+  end
+
   test "a command that lost its kernels, was resumed, and lost them again has still paid once", %{
     tmp_dir: dir,
     counts: counts

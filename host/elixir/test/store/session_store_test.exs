@@ -378,9 +378,9 @@ defmodule Bridge.SessionStoreTest do
   test "who watches hears of sessions that come and go", %{cfg: cfg, on: on} do
     :ok = SessionStore.watch_sessions(cfg)
     {:ok, _} = SessionStore.set_variable("demo", "n", 1, on)
-    assert_receive {:bridge_session, :made, "demo"}
+    assert_receive {:bridge_session, :made, "demo", made}
     :ok = SessionStore.delete_session("demo", on)
-    assert_receive {:bridge_session, :gone, "demo"}
+    assert_receive {:bridge_session, :gone, "demo", gone} when gone > made
   end
 
   test "when the store is stopped every function says that the host is closed", %{cfg: cfg, on: on} do

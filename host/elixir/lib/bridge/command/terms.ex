@@ -59,6 +59,9 @@ defmodule Bridge.Command.Terms do
           remedy: "A tool seems to call, through commands, itself."
         )
 
+      current == nil and Registry.meta(Config.process(cfg.name, :keys), :closed) == {:ok, true} ->
+        Error.error(:host_closed, "#{inspect(cfg.name)} is being stopped, and takes no more commands")
+
       true ->
         until = [deadline && now() + deadline, current && current.until] |> Enum.filter(& &1) |> Enum.min(fn -> nil end)
         depth = if current, do: current.depth + 1, else: 0

@@ -227,6 +227,23 @@ defmodule Bridge.Pool.Desk do
     |> done()
   end
 
+  @doc "The command is waited for by one that has a place: it goes on as a nested one, if it waits still."
+  @spec hurry(t(), ref(), integer()) :: {t(), [effect()]}
+  def hurry(desk, ref, now) do
+    case desk.waiters do
+      %{^ref => %{ask: %{nested: false} = ask} = waiter} ->
+        desk = remove_waiter(desk, ref, waiter)
+        waiter = %{waiter | line: :nested, ask: %{ask | nested: true}, reserved: nil}
+
+        %{desk | nested: :gb_trees.insert(waiter.number, ref, desk.nested), waiters: Map.put(desk.waiters, ref, waiter)}
+        |> dispatch(now)
+        |> done()
+
+      _ ->
+        {desk, []}
+    end
+  end
+
   defp open_to(%{closed: true}, %{nested: false}), do: Error.error(:host_closed)
   defp open_to(_desk, _ask), do: :ok
 

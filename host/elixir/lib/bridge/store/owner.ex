@@ -261,8 +261,9 @@ defmodule Bridge.Store.Owner do
 
   defp handle({:drop, id}, from, state) do
     case Tables.command(state.tables, id) do
-      {:ok, _command} -> record(state, [{:forgotten, id}], :ok, from)
-      :error -> {:reply, Error.error(:not_found, "there is no interrupted command #{inspect(id)}"), state}
+      # Not one that somebody goes on with since it was looked up.
+      {:ok, %{status: :interrupted}} -> record(state, [{:forgotten, id}], :ok, from)
+      _other -> {:reply, Error.error(:not_found, "there is no interrupted command #{inspect(id)}"), state}
     end
   end
 
@@ -470,7 +471,9 @@ defmodule Bridge.Store.Owner do
   end
 
   defp tell(state, what, id) do
-    for {pid, _monitor} <- state.watchers, do: send(pid, {:bridge_session, what, id})
+    # When it was, in the order of this node: what was made since is another session's of that name.
+    at = System.unique_integer([:monotonic])
+    for {pid, _monitor} <- state.watchers, do: send(pid, {:bridge_session, what, id, at})
     :ok
   end
 

@@ -146,7 +146,8 @@ defmodule Bridge.Wire.Conn do
     limit = (conn.limits && conn.limits["max_message_bytes"]) || conn.max_bytes
     size = IO.iodata_length(content) + Enum.reduce(buffers, 0, &(byte_size(&1) + &2))
 
-    if size > limit - @headroom do
+    # Of a kernel that takes little it must not be all there is.
+    if size > limit - min(@headroom, div(limit, 2)) do
       Error.error(:limit_exceeded, "#{what} takes #{size} bytes, and its kernel takes #{limit}",
         remedy: "Send less at once, or start kernels with a larger --Policy.max_message_bytes."
       )

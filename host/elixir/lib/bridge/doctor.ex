@@ -170,7 +170,14 @@ defmodule Bridge.Doctor do
     %{name: "DSPy", status: :absent, found: nil, note: "without it there are no dspy.* commands", remedy: remedy}
   end
 
-  defp install(python), do: "#{python} -m pip install bridge-kernel."
+  defp install(python), do: "#{python} -m pip install #{package()}."
+
+  # What there is to install it from: where Bridge itself was compiled from, if that is the whole of it.
+  @checkout Path.expand("../../../..", __DIR__)
+
+  @doc false
+  @spec package() :: String.t()
+  def package, do: if(File.regular?(Path.join(@checkout, "pyproject.toml")), do: @checkout, else: "bridge-kernel")
 
   # As kernels are started: no shell, no input. What it prints is bounded, and so is its time.
   defp ask(path, timeout) do

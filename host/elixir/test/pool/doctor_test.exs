@@ -62,7 +62,7 @@ defmodule Bridge.DoctorTest do
     refute doctor.ready
     assert %{status: :ok, found: "3.11.2"} = check(doctor, "Python")
     assert %{status: :missing, remedy: remedy} = check(doctor, "bridge_kernel")
-    assert remedy =~ "/usr/bin/python3 -m pip install bridge-kernel"
+    assert remedy =~ "/usr/bin/python3 -m pip install /"
     assert %{status: :absent, remedy: "Optional: /usr/bin/python3 -m pip" <> _} = check(doctor, "DSPy")
   end
 

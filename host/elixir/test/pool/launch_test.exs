@@ -220,7 +220,7 @@ defmodule Bridge.Kernel.LaunchTest do
     {:ok, launched} = Launch.start(%{cfg | python: python}, 1)
     on_exit(fn -> Launch.close(launched) end)
     assert {:error, error} = Launch.await(launched, 30_000)
-    assert error.remedy =~ "pip install bridge-kernel"
+    assert error.remedy =~ "pip install /"
   end
 
   test "a kernel that never gets ready is given up in time", %{cfg: cfg, dir: dir} do

@@ -134,7 +134,7 @@ defmodule Bridge.Kernel.Launch do
          String.contains?(tail, "No module named 'bridge_kernel'") do
       failed("this Python has no bridge_kernel", launched,
         remedy:
-          "Install it there: pip install bridge-kernel; or name another Python: {Bridge, python: \"/path/to/python\"}."
+          "Install it there: pip install #{Bridge.Doctor.package()}; or name another Python: {Bridge, python: \"/path/to/python\"}."
       )
     else
       failed("the kernel ended with #{describe_status(status)} before it was ready", launched, [])

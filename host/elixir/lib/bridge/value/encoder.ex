@@ -233,7 +233,7 @@ defmodule Bridge.Value.Encoder do
     not_serializable(
       path,
       "this pair begins with the atom #{inspect(name)}, as in a keyword list",
-      "Send a map: Map.new(x)."
+      "Of a keyword list send Map.new(list), of a pair like {:ok, value} the value alone."
     )
   end
 

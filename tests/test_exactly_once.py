@@ -547,6 +547,29 @@ def test_a_command_with_a_key_ends_with_the_last_who_waits_for_it(session: Sessi
     assert "x" not in session
 
 
+def test_a_tool_may_wait_for_a_command_that_waits_for_the_place_of_the_tools_own_command() -> None:
+    """It has a key, and somebody else sent it."""
+    with Host(kernels=1, concurrency=1) as host:
+        session = host.session()
+        entered, queued = threading.Event(), threading.Event()
+        session.function("f", "def f(ctx):\n    return 7\n")
+        session.function("outer", "def outer(ctx):\n    return ctx.call_tool('waits')\n")
+
+        @session.tool
+        def waits() -> Any:
+            entered.set()
+            assert queued.wait(30)
+            return session.call("f", idempotency_key="k")
+
+        outer = session.submit("outer")
+        assert entered.wait(30)
+        other = session.submit("f", idempotency_key="k")
+        eventually(lambda: host.pool.status().queue == 1, "it waits")
+        queued.set()
+        assert outer.result(30) == 7
+        assert other.result(30) == 7
+
+
 def test_a_tool_that_sends_its_own_command_again_is_told_so(session: Session) -> None:
     session.tool(lambda: session.call("f", idempotency_key="k"), name="again")
     session.function("f", "def f(ctx):\n    return ctx.call_tool('again')\n")

@@ -415,6 +415,20 @@ defmodule Bridge.Callbacks do
     :ok
   end
 
+  @doc "Notes the reply of a tool whose command has ended already, and may be gone on with."
+  @spec record_late(command(), map(), reply()) :: :ok
+  def record_late(state, tool, reply) do
+    if not durable?(state), do: SessionStore.record_reply(state.cfg, state.id, tool.n, kept(reply))
+    :ok
+  end
+
+  @doc "Tools that wait for their turn do not run any more: nothing of them has happened."
+  @spec forget_due(command()) :: command()
+  def forget_due(state) do
+    due = for {_tool, entry, _params, _known?} <- :queue.to_list(state.tools_due), do: entry.n
+    %{state | tools_due: :queue.new(), journal: Journal.drop(state.journal, due)}
+  end
+
   @doc "The reply for a tool whose task was killed."
   @spec crashed(Tools.Registered.t(), term()) :: reply()
   def crashed(tool, reason) do

@@ -34,6 +34,7 @@ defmodule Bridge.Command do
                 :journal,
                 begun?: false,
                 resumed?: false,
+                ended?: false,
                 waiters: %{},
                 attempt: 0,
                 died: 0,
@@ -237,6 +238,9 @@ defmodule Bridge.Command do
     {:noreply, put_in(state.terms.depth, max(state.terms.depth, depth))}
   end
 
+  # There is nothing to cancel any more.
+  def handle_cast(_message, %{ended?: true} = state), do: {:noreply, state}
+
   def handle_cast({:leave, ref}, state), do: left(state, ref)
 
   def handle_cast(:consumed, state) do
@@ -262,12 +266,13 @@ defmodule Bridge.Command do
   def handle_info({:DOWN, monitor, :process, _pid, reason} = message, state) do
     case {Map.pop(state.tools, monitor), Enum.find(state.waiters, &match?({_, {_, ^monitor}}, &1))} do
       {{%{} = tool, tools}, _} ->
-        {:noreply, tool_cut_short(%{state | tools: tools}, tool, Callbacks.crashed(tool.tool, reason))}
+        state = tool_cut_short(%{state | tools: tools}, tool, Callbacks.crashed(tool.tool, reason))
+        unless_done(state)
 
-      {_, {ref, _waiter}} ->
+      {_, {ref, _waiter}} when not state.ended? ->
         left(state, ref)
 
-      {_, nil} ->
+      {_, _none} ->
         if state.place != nil and state.place.monitor == monitor,
           do:
             on_kernel({:died, Error.new(:kernel_died, "kernel #{state.place.id} is gone: its process failed")}, state),
@@ -283,7 +288,7 @@ defmodule Bridge.Command do
       {tool, tools} ->
         Process.demonitor(monitor, [:flush])
         Process.exit(tool.pid, :kill)
-        {:noreply, tool_cut_short(%{state | tools: tools}, tool, Callbacks.timed_out(tool.tool))}
+        unless_done(tool_cut_short(%{state | tools: tools}, tool, Callbacks.timed_out(tool.tool)))
     end
   end
 
@@ -294,7 +299,7 @@ defmodule Bridge.Command do
   def handle_info({monitor, {:tool, reply}}, state) when is_map_key(state.tools, monitor) do
     Process.demonitor(monitor, [:flush])
     {tool, tools} = Map.pop!(state.tools, monitor)
-    {:noreply, tool_ended(%{state | tools: tools}, tool, reply)}
+    unless_done(tool_ended(%{state | tools: tools}, tool, reply))
   end
 
   def handle_info(message, state), do: granted(message, state)
@@ -477,8 +482,13 @@ defmodule Bridge.Command do
 
   defp tool_ended(state, tool, reply) do
     if tool.timer, do: Process.cancel_timer(tool.timer)
+    if state.ended?, do: Callbacks.record_late(state, tool, reply)
     Callbacks.tool_ended(state, tool, reply)
   end
+
+  # A command that has ended is there as long as a tool of it runs.
+  defp unless_done(%{ended?: true, tools: tools} = state) when map_size(tools) == 0, do: {:stop, :normal, state}
+  defp unless_done(state), do: {:noreply, state}
 
   defp tool_cut_short(state, tool, reply) do
     Callbacks.record(state, tool, reply)
@@ -504,7 +514,10 @@ defmodule Bridge.Command do
   # `how`: `:lost` if it has run and no kernel has it, `:closing` if the bridge is being stopped, else `:ended`.
   defp finish(state, result, how \\ :ended) do
     if state.timer, do: Process.cancel_timer(state.timer)
-    end_tools(state)
+    # Who comes with its key goes on where it was. What a tool does meanwhile has happened then: it is not cut short.
+    lingers? = how == :lost and state.terms.key != nil and map_size(state.tools) > 0
+    state = if lingers?, do: Callbacks.forget_due(state), else: state
+    unless lingers?, do: end_tools(state)
     result = with {:error, error} <- result, do: {:error, failed(state, error, how)}
 
     # Who has the result may look at once: it is told before.
@@ -514,7 +527,7 @@ defmodule Bridge.Command do
     end
 
     answer_all(state, result)
-    {:stop, :normal, state}
+    if lingers?, do: {:noreply, %{state | ended?: true, waiters: %{}, timer: nil}}, else: {:stop, :normal, state}
   end
 
   # Not waited for here: whoever asked is to be told now.
@@ -576,7 +589,7 @@ defmodule Bridge.Command do
     stopping? = stopping?(reason)
     end_tools(state)
 
-    if state.begun? do
+    if state.begun? and not state.ended? do
       name = if stopping?, do: :host_closed, else: :internal_error
       keep? = stopping? or state.terms.key != nil
       if keep?, do: Callbacks.keep(state)
@@ -585,7 +598,7 @@ defmodule Bridge.Command do
       tell(state, :exception, measured(state), %{error: Error.new(name).type})
     end
 
-    if stopping?, do: answer_all(state, {:error, stopped()}), else: :ok
+    if stopping? and not state.ended?, do: answer_all(state, {:error, stopped()}), else: :ok
   end
 
   @doc "Whether a command's process ended for such a reason because its bridge was stopped."

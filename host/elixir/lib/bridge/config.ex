@@ -187,6 +187,12 @@ defmodule Bridge.Config do
   defp start(Bridge), do: Error.new(:host_closed).remedy
   defp start(bridge), do: "Start it: Bridge.start_link(name: #{inspect(bridge)})."
 
+  @doc "The bridges that run."
+  @spec running() :: [atom()]
+  def running do
+    for {{__MODULE__, name}, _cfg} <- :persistent_term.get(), Process.whereis(process(name, :keys)) != nil, do: name
+  end
+
   @spec put(t()) :: :ok
   def put(cfg), do: :persistent_term.put({__MODULE__, cfg.name}, cfg)
 

@@ -91,6 +91,10 @@ defmodule Bridge.Journal do
     if is_map_key(journal.entries, entry.n), do: put_in(journal.entries[entry.n], entry), else: journal
   end
 
+  @doc "Forgets these."
+  @spec drop(t(), [pos_integer()]) :: t()
+  def drop(journal, numbers), do: %{journal | entries: Map.drop(journal.entries, numbers)}
+
   @doc "A new attempt: everything recorded is to be asked for again."
   @spec begin(t()) :: t()
   def begin(%{entries: entries} = journal) when map_size(entries) == 0, do: journal

@@ -59,6 +59,36 @@ defmodule Bridge.RecoveryTest do
     {:ok, tmp_dir: directory, counts: :counters.new(1, [])}
   end
 
+  for {store, kind} <- [{true, "on disk"}, {false, "in memory"}] do
+    test "a tool that runs when its command has lost its kernels is not cut short: who comes with the key has its reply, #{kind}",
+         %{tmp_dir: dir, counts: counts} do
+      session = host(dir, counts, if(unquote(store), do: [], else: [store: nil]))
+      test = self()
+
+      ship = fn ->
+        :counters.add(counts, 1, 1)
+        send(test, {:held, self()})
+        receive do: ({:return, value} -> value)
+      end
+
+      :ok = Tools.register(session, "ship", ship)
+      :ok = Bridge.define(session, "f", "def f(ctx):\n    return ctx.call_tool('ship')")
+      command = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k", retries: 0) end)
+      tool = held!()
+      [%{os_pid: os_pid}] = ready(session.bridge, 1)
+      signal(os_pid, "KILL")
+      assert {:error, %Error{name: :kernel_died}} = Task.await(command, 60_000)
+      assert {:ok, [%{subject: "f"}]} = Bridge.interrupted(bridge: session.bridge)
+
+      again = for _ <- 1..3, do: Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
+      send(tool, {:return, "shipped"})
+      assert Task.await_many(again, 60_000) == List.duplicate({:ok, "shipped"}, 3)
+      assert :counters.get(counts, 1) == 1
+      refute_received {:held, _}
+      assert {:ok, []} = Bridge.interrupted(bridge: session.bridge)
+    end
+  end
+
   test "one that is to go on, and gets no kernel, is there still", %{tmp_dir: dir, counts: counts} do
     %{bridge: bridge} = interrupted(dir, counts, [], kernels: 0)
     {:ok, [%{id: id, attempts: 1} = before]} = Bridge.interrupted(bridge: bridge)
@@ -204,19 +234,26 @@ defmodule Bridge.RecoveryTest do
     counts: counts
   } do
     session = host(dir, counts)
-    :ok = Bridge.define(session, "f", @source)
 
-    for _ <- 1..3 do
+    source = """
+    def f(ctx):
+        return [ctx.call_tool("pay")] + [ctx.call_tool("held") for _ in range(4)]
+    """
+
+    :ok = Bridge.define(session, "f", source)
+
+    for number <- 1..3 do
       command = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k", retries: 0) end)
-      held!()
+      tool = held!()
       [%{os_pid: os_pid}] = ready(session.bridge, 1)
       signal(os_pid, "KILL")
       assert {:error, %Error{name: :kernel_died}} = Task.await(command, 60_000)
+      send(tool, {:return, number})
     end
 
     command = Task.async(fn -> Bridge.call(session, "f", [], idempotency_key: "k") end)
-    send(held!(), {:return, "done"})
-    assert {:ok, ["paid", "done"]} = Task.await(command, 60_000)
+    send(held!(), {:return, 4})
+    assert {:ok, ["paid", 1, 2, 3, 4]} = Task.await(command, 60_000)
     assert :counters.get(counts, 1) == 1
   end
 

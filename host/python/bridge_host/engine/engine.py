@@ -335,7 +335,7 @@ class Engine:
         ready = self.pool.take(ask)
         if ready is not None:
             return ready
-        remaining = running.remaining_ms()
+        remaining, running.asked = running.remaining_ms(), ask
         try:
             async with asyncio.timeout(None if remaining is None else remaining / 1000):
                 return await self.pool.acquire(ask)
@@ -343,6 +343,8 @@ class Engine:
             raise
         except TimeoutError:
             raise DeadlineExceeded(f"{running.subject} ran out of time before a kernel was ready") from None
+        finally:
+            running.asked = None
 
     async def _attempt(self, client: KernelClient, running: Running, attempt: Attempt) -> Reply:
         params, buffers = running.prepared.build(attempt)

@@ -32,6 +32,7 @@ from .running import LATE_S, RETRIES, Outcome, Terms
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from ..pool import Pool
     from ..store import SessionState
     from ..store.facts import CallbackMade, CommandBegun
     from ..store.model import Finished
@@ -162,7 +163,14 @@ class Recovery:
         terms = Terms(deadline, retries)
         return await self._resume(self._find(id), dict(replies or {}), set(rerun), terms)
 
-    async def _resume(self, unfinished: Unfinished, replies: dict[str, Any], rerun: set[str], terms: Terms) -> Outcome:
+    async def _resume(
+        self,
+        unfinished: Unfinished,
+        replies: dict[str, Any],
+        rerun: set[str],
+        terms: Terms,
+        shared: _Shared | None = None,
+    ) -> Outcome:
         begun = unfinished.begun
         request = self.request_of(begun)
         if isinstance(request, StreamFunction):
@@ -176,6 +184,8 @@ class Recovery:
             session, prepared, terms, begun=begun, journal=Journal(entries, sealed=prepared.secret)
         )
         running.attempt, running.lost = unfinished.attempt, True
+        if shared is not None:
+            shared.begun(running)
         self._resuming.add(begun.id)
         try:
             return await self._engine.finish(running, terms.retries)
@@ -265,6 +275,8 @@ class Recovery:
                     del self._shared[name]
                     raise HostClosed
             _check_same(key, shared.digest, digest)
+            if terms.parent is not None:
+                shared.join_within(terms.parent.depth + 1, self._engine.pool)
             try:
                 return await self._join(shared, prepared, key, until)
             except DeadlineExceeded:
@@ -297,7 +309,7 @@ class Recovery:
             shared.task = asyncio.current_task()
             if shared.abandoned:
                 raise Cancelled
-            outcome = await self._begin_or_resume(session, prepared, name[1], shared.digest, terms)
+            outcome = await self._begin_or_resume(session, prepared, name[1], shared, terms)
         except BaseException as exc:
             closed = isinstance(exc, asyncio.CancelledError) and self._engine.closing
             told = HostClosed() if closed else Cancelled() if isinstance(exc, asyncio.CancelledError) else exc
@@ -318,14 +330,15 @@ class Recovery:
         return Outcome(Reply(msgspec.Raw(kept.result), kept.buffers), prepared._replace(request=request), session)
 
     async def _begin_or_resume(
-        self, session: SessionState, prepared: Prepared, key: str, digest: bytes, terms: Terms
+        self, session: SessionState, prepared: Prepared, key: str, shared: _Shared, terms: Terms
     ) -> Outcome:
         for unfinished in session.unfinished_commands():
             begun = unfinished.begun
             if begun.key == key:
-                _check_same(key, begun.digest, digest)
-                return await self._resume(unfinished, {}, set(), terms)
+                _check_same(key, begun.digest, shared.digest)
+                return await self._resume(unfinished, {}, set(), terms, shared)
         running = self._engine.begin(session, prepared, terms)
+        shared.begun(running)
         return await self._engine.finish(running, terms.retries)
 
 
@@ -339,6 +352,20 @@ class _Shared:
         self.task: asyncio.Task[Any] | None = None
         self.waiters = 0
         self.abandoned = False
+        self._running: Running | None = None
+        self._depth = 0
+
+    def begun(self, running: Running) -> None:
+        running.depth = max(running.depth, self._depth)
+        self._running = running
+
+    def join_within(self, depth: int, pool: Pool) -> None:
+        """A tool waits for it too. The place that it waits for may be that of the tool's own command."""
+        self._depth = max(self._depth, depth)
+        if self._running is not None:
+            self._running.depth = max(self._running.depth, depth)
+            if self._running.asked is not None:
+                pool.hurry(self._running.asked)
 
 
 def _check_same(key: str, known: bytes, asked: bytes) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bridge_kernel.contract.telemetry import Trace
 
     from ..client import KernelClient, Reply
+    from ..pool import Ask
     from ..store import SessionState
     from ..store.facts import CommandBegun
     from ..tools import Tool
@@ -109,6 +110,7 @@ class Running:
         self.changed = False  # whether its answer changed an instance
         self.result_key: bytes | None = None  # what its result is to be kept under
         self.tools: dict[str, Tool] | None = None  # the session's when it began, if that counts
+        self.asked: Ask | None = None  # while it waits for a kernel
         self.lost = False  # whether it has run, and no kernel has it: what its code raised is another matter
         self.unheard = False  # whether its kernel did not even say that the deadline had passed
         self.client: KernelClient | None = None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from bridge_kernel.contract.errors import QueueFull
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ("FairQueue",)
 
@@ -28,6 +31,10 @@ class FairQueue(Generic[Item]):
 
     def __len__(self) -> int:
         return self.length
+
+    def __iter__(self) -> Iterator[Item]:
+        for items in self._sessions.values():
+            yield from items
 
     def waiting(self, session: str) -> int:
         """How many of that session's wait."""

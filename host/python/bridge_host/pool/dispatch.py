@@ -272,6 +272,18 @@ class Dispatcher:
                 )
                 raise
 
+    def hurry(self, ask: Ask) -> None:
+        """See `Pool.hurry`."""
+        waiter = next((waiter for waiter in (*self._alone, *self._queue) if waiter.ask is ask), None)
+        if waiter is None:
+            return
+        self._alone.pop(waiter, None)
+        self._queue.remove(ask.session, waiter)
+        waiter.ask = ask._replace(nested=True)
+        self._nested[waiter] = None
+        self._unreserve(waiter)
+        self._dispatch()
+
     def expected_wait_s(self) -> float | None:
         """How long a command that joined the queue now would wait; None as long as no command has ended."""
         if not self.mean_s:

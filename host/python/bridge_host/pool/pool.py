@@ -93,6 +93,10 @@ class Pool:
         """
         return await self._desk.acquire(ask)
 
+    def hurry(self, ask: Ask) -> None:
+        """A tool of a running command waits for who asked this: it goes on as a nested one, if it waits still."""
+        self._desk.hurry(ask)
+
     def release(self, lease: Lease, outcome: Outcome) -> None:
         """Give the place back: exactly once, whatever became of the command."""
         self._desk.release(lease, outcome)

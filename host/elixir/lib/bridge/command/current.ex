@@ -16,29 +16,42 @@ defmodule Bridge.Command.Current do
 
   @key :bridge_current
 
-  @spec put(t()) :: term()
-  def put(current), do: Process.put(@key, current)
+  @doc "From now on the process that calls this is a tool's, for as long as it is."
+  @spec put(t()) :: :ok
+  def put(current) do
+    Process.put(@key, current)
+    {:ok, _registry} = Registry.register(keys(current.bridge), {:tool, self()}, current)
+    :ok
+  end
 
   @doc "Of that bridge: another one's commands are no part of it."
   @spec get(atom()) :: t() | nil
   def get(bridge) do
-    case Process.get(@key) || of_callers(Process.get(:"$callers", [])) do
+    case Process.get(@key) do
       %__MODULE__{bridge: ^bridge} = current -> current
-      _none -> nil
+      %__MODULE__{} -> nil
+      nil -> of_callers(Process.get(:"$callers", []), bridge)
     end
   end
 
   @spec call() :: call() | nil
-  def call, do: with(%__MODULE__{call: call} <- Process.get(@key) || of_callers(Process.get(:"$callers", [])), do: call)
+  def call do
+    callers = Process.get(:"$callers", [])
 
-  # A task that a tool starts works for the tool.
-  defp of_callers(callers) do
+    with nil <- Process.get(@key), nil <- Enum.find_value(Bridge.Config.running(), &of_callers(callers, &1)) do
+      nil
+    else
+      %__MODULE__{call: call} -> call
+    end
+  end
+
+  # A task that a tool starts works for the tool. Not looked up in that process: `process_info` of another one was seen to
+  # wait for ever, its answer in the mailbox (OTP 25.2).
+  defp of_callers(callers, bridge) do
     Enum.find_value(callers, fn pid ->
-      with true <- node(pid) == node(), {:dictionary, dictionary} <- Process.info(pid, :dictionary) do
-        Keyword.get(dictionary, @key)
-      else
-        _gone -> nil
-      end
+      with [{^pid, current}] <- Registry.lookup(keys(bridge), {:tool, pid}), do: current, else: (_none -> nil)
     end)
   end
+
+  defp keys(bridge), do: Bridge.Config.process(bridge, :keys)
 end

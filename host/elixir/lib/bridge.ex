@@ -63,6 +63,7 @@ defmodule Bridge do
     Pool,
     Recovery,
     Ref,
+    Result,
     Secrets,
     Session,
     SessionStore,
@@ -191,7 +192,7 @@ defmodule Bridge do
 
   @doc "As `define/4`; raises what went wrong."
   @spec define!(session(), String.t(), String.t(), keyword()) :: :ok
-  def define!(session, name, source, opts \\ []), do: bang(define(session, name, source, opts))
+  def define!(session, name, source, opts \\ []), do: Result.bang(define(session, name, source, opts))
 
   defp defines(source, name) do
     cond do
@@ -229,7 +230,7 @@ defmodule Bridge do
 
   @doc "As `lm/3`; raises what went wrong."
   @spec lm!(session(), String.t() | nil, keyword()) :: :ok
-  def lm!(session, model, opts \\ []), do: bang(lm(session, model, opts))
+  def lm!(session, model, opts \\ []), do: Result.bang(lm(session, model, opts))
 
   # -- commands -------------------------------------------------------------------------------------
 
@@ -257,7 +258,7 @@ defmodule Bridge do
 
   @doc "As `call/4`; raises what went wrong."
   @spec call!(session(), String.t(), arguments(), keyword()) :: term()
-  def call!(session, function, args \\ [], opts \\ []), do: bang(call(session, function, args, opts))
+  def call!(session, function, args \\ [], opts \\ []), do: Result.bang(call(session, function, args, opts))
 
   @doc """
   Runs a generator: an `Enumerable` of what it yields, as it comes. Nothing runs before it is enumerated.
@@ -308,7 +309,7 @@ defmodule Bridge do
 
   @doc "As `create_instance/3`; raises what went wrong."
   @spec create_instance!(String.t(), arguments(), keyword()) :: Ref.t()
-  def create_instance!(class, args \\ [], opts \\ []), do: bang(create_instance(class, args, opts))
+  def create_instance!(class, args \\ [], opts \\ []), do: Result.bang(create_instance(class, args, opts))
 
   @doc """
   Calls a method of an instance, on the state that is here; what it changed is kept. `"__call__"` calls the object itself,
@@ -327,7 +328,7 @@ defmodule Bridge do
 
   @doc "As `call_method/4`; raises what went wrong."
   @spec call_method!(Ref.t(), String.t(), arguments(), keyword()) :: term()
-  def call_method!(ref, method, args \\ [], opts \\ []), do: bang(call_method(ref, method, args, opts))
+  def call_method!(ref, method, args \\ [], opts \\ []), do: Result.bang(call_method(ref, method, args, opts))
 
   @doc "The instance of that ref or name."
   @spec instance(session(), String.t(), keyword()) :: result(Ref.t())
@@ -339,7 +340,7 @@ defmodule Bridge do
 
   @doc "As `instance/3`; raises what went wrong."
   @spec instance!(session(), String.t(), keyword()) :: Ref.t()
-  def instance!(session, name, opts \\ []), do: bang(instance(session, name, opts))
+  def instance!(session, name, opts \\ []), do: Result.bang(instance(session, name, opts))
 
   @doc "The instances of a session."
   @spec instances(session(), keyword()) :: result([Ref.t()])
@@ -354,7 +355,7 @@ defmodule Bridge do
 
   @doc "As `instances/2`; raises what went wrong."
   @spec instances!(session(), keyword()) :: [Ref.t()]
-  def instances!(session, opts \\ []), do: bang(instances(session, opts))
+  def instances!(session, opts \\ []), do: Result.bang(instances(session, opts))
 
   @doc """
   What Python says of a dotted name, a function of the session's (`session:`), or an instance: signature, documentation,
@@ -377,7 +378,7 @@ defmodule Bridge do
 
   @doc "As `inspect_object/2`; raises what went wrong."
   @spec inspect_object!(String.t() | Ref.t(), keyword()) :: Inspected.t()
-  def inspect_object!(target, opts \\ []), do: bang(inspect_object(target, opts))
+  def inspect_object!(target, opts \\ []), do: Result.bang(inspect_object(target, opts))
 
   @doc """
   In a tool: the call for which it runs, `%{id:, tool:, command:, session:}`; `nil` elsewhere.
@@ -392,11 +393,11 @@ defmodule Bridge do
 
   @doc "The commands that were running when the store was last closed, or its host died, oldest first."
   @spec interrupted(keyword()) :: result([Interrupted.t()])
-  def interrupted(opts \\ []), do: with({:ok, cfg} <- config(opts), do: {:ok, Recovery.interrupted(cfg)})
+  def interrupted(opts \\ []), do: with({:ok, cfg} <- Options.bridge(opts), do: {:ok, Recovery.interrupted(cfg)})
 
   @doc "As `interrupted/1`; raises what went wrong."
   @spec interrupted!(keyword()) :: [Interrupted.t()]
-  def interrupted!(opts \\ []), do: bang(interrupted(opts))
+  def interrupted!(opts \\ []), do: Result.bang(interrupted(opts))
 
   @doc """
   Runs an interrupted command again, its tools' replies taken from the journal; its result. Register the session's tools
@@ -407,8 +408,7 @@ defmodule Bridge do
   """
   @spec resume(String.t(), keyword()) :: result(term())
   def resume(id, opts \\ []) do
-    with :ok <- Options.check(opts, [:bridge, :replies, :rerun, :deadline, :retries]),
-         {:ok, cfg} <- config(opts),
+    with {:ok, cfg} <- Options.bridge(opts, [:replies, :rerun, :deadline, :retries]),
          {:ok, command} <- Recovery.find(cfg, id),
          :ok <- resumable(command) do
       Commands.resume(cfg, command, Map.new(opts[:replies] || %{}), opts[:rerun] || [], opts)
@@ -417,7 +417,7 @@ defmodule Bridge do
 
   @doc "As `resume/2`; raises what went wrong."
   @spec resume!(String.t(), keyword()) :: term()
-  def resume!(id, opts \\ []), do: bang(resume(id, opts))
+  def resume!(id, opts \\ []), do: Result.bang(resume(id, opts))
 
   defp resumable(%{method: "function.stream"} = command) do
     Error.error(:invalid_params, "#{command.subject} is a stream, which nobody reads any more",
@@ -430,7 +430,7 @@ defmodule Bridge do
   @doc "Forgets an interrupted command; nothing that it wrote is kept."
   @spec drop(String.t(), keyword()) :: :ok | {:error, Error.t()}
   def drop(id, opts \\ []) do
-    with :ok <- Options.check(opts, [:bridge]), {:ok, cfg} <- config(opts), {:ok, _command} <- Recovery.find(cfg, id) do
+    with {:ok, cfg} <- Options.bridge(opts), {:ok, _command} <- Recovery.find(cfg, id) do
       SessionStore.drop(cfg, id)
     end
   end
@@ -438,26 +438,26 @@ defmodule Bridge do
   @doc "The commands that ran, of one session (`session:`) or of all: the last 10,000, and those that run."
   @spec journal(keyword()) :: result([map()])
   def journal(opts \\ []) do
-    with :ok <- Options.check(opts, [:bridge, :session]), {:ok, cfg} <- config(opts) do
+    with {:ok, cfg} <- Options.bridge(opts, [:session]) do
       {:ok, SessionStore.journal(cfg, opts[:session] && id_of(opts[:session]))}
     end
   end
 
   @doc "As `journal/1`; raises what went wrong."
   @spec journal!(keyword()) :: [map()]
-  def journal!(opts \\ []), do: bang(journal(opts))
+  def journal!(opts \\ []), do: Result.bang(journal(opts))
 
   @doc "The commands that ended every kernel they met, and are not run again until they are let out (`release/2`)."
   @spec quarantine(keyword()) :: result([map()])
-  def quarantine(opts \\ []), do: with({:ok, cfg} <- config(opts), do: {:ok, Pool.quarantine(cfg)})
+  def quarantine(opts \\ []), do: with({:ok, cfg} <- Options.bridge(opts), do: {:ok, Pool.quarantine(cfg)})
 
   @doc "As `quarantine/1`; raises what went wrong."
   @spec quarantine!(keyword()) :: [map()]
-  def quarantine!(opts \\ []), do: bang(quarantine(opts))
+  def quarantine!(opts \\ []), do: Result.bang(quarantine(opts))
 
   @doc "Lets every command of that name out of the quarantine."
   @spec release(String.t(), keyword()) :: :ok | {:error, Error.t()}
-  def release(name, opts \\ []), do: with({:ok, cfg} <- config(opts), do: Pool.release(cfg, name))
+  def release(name, opts \\ []), do: with({:ok, cfg} <- Options.bridge(opts), do: Pool.release(cfg, name))
 
   # -- kernels ----------------------------------------------------------------------------------------
 
@@ -467,20 +467,20 @@ defmodule Bridge do
 
   @doc "As `kernels/1`; raises what went wrong."
   @spec kernels!(keyword()) :: [map()]
-  def kernels!(opts \\ []), do: bang(kernels(opts))
+  def kernels!(opts \\ []), do: Result.bang(kernels(opts))
 
   @doc "The pool: kernels, how many commands run, how many wait."
   @spec status(keyword()) :: result(map())
-  def status(opts \\ []), do: with({:ok, cfg} <- config(opts), do: Pool.status(cfg))
+  def status(opts \\ []), do: with({:ok, cfg} <- Options.bridge(opts), do: Pool.status(cfg))
 
   @doc "As `status/1`; raises what went wrong."
   @spec status!(keyword()) :: map()
-  def status!(opts \\ []), do: bang(status(opts))
+  def status!(opts \\ []), do: Result.bang(status(opts))
 
   @doc "Has so many kernels: more are started, too many finish what they run and go. Does not wait."
   @spec scale(non_neg_integer(), keyword()) :: :ok | {:error, Error.t()}
   def scale(kernels, opts \\ []) when is_integer(kernels) and kernels >= 0 do
-    with {:ok, cfg} <- config(opts), do: Kernels.scale(cfg, kernels)
+    with {:ok, cfg} <- Options.bridge(opts), do: Kernels.scale(cfg, kernels)
   end
 
   @doc "Replaces a kernel, by its id, or all: each finishes what it runs, and another takes its place."
@@ -516,7 +516,7 @@ defmodule Bridge do
 
   @doc "As `stats/1`; raises what went wrong."
   @spec stats!(keyword()) :: %{String.t() => map() | Error.t()}
-  def stats!(opts \\ []), do: bang(stats(opts))
+  def stats!(opts \\ []), do: Result.bang(stats(opts))
 
   @doc "The contract, as a kernel tells it: an OpenRPC document."
   @spec contract(keyword()) :: result(map())
@@ -540,7 +540,7 @@ defmodule Bridge do
 
   @doc "As `contract/1`; raises what went wrong."
   @spec contract!(keyword()) :: map()
-  def contract!(opts \\ []), do: bang(contract(opts))
+  def contract!(opts \\ []), do: Result.bang(contract(opts))
 
   # -- files ------------------------------------------------------------------------------------------
 
@@ -555,7 +555,7 @@ defmodule Bridge do
 
   @doc "As `export/2`; raises what went wrong."
   @spec export!(Path.t(), keyword()) :: :ok
-  def export!(path, opts \\ []), do: bang(export(path, opts))
+  def export!(path, opts \\ []), do: Result.bang(export(path, opts))
 
   @doc "Adds the sessions of an exported file, of either host; their ids."
   @spec import(Path.t(), keyword()) :: result([String.t()])
@@ -565,16 +565,9 @@ defmodule Bridge do
 
   @doc "As `import/2`; raises what went wrong."
   @spec import!(Path.t(), keyword()) :: [String.t()]
-  def import!(path, opts \\ []), do: bang(__MODULE__.import(path, opts))
+  def import!(path, opts \\ []), do: Result.bang(__MODULE__.import(path, opts))
 
   # -- small things ---------------------------------------------------------------------------------------
-
-  # Whose every option has been looked at, or that has no other than this.
-  defp config(opts) do
-    with :ok <- Options.check(opts, [:bridge, :session, :replies, :rerun, :deadline, :retries]) do
-      Config.fetch(Keyword.get(opts, :bridge, Bridge))
-    end
-  end
 
   defp owner(%Ref{session: session, bridge: bridge} = ref, opts) do
     cond do
@@ -641,8 +634,4 @@ defmodule Bridge do
       do: {:ok, args, kwargs},
       else: Error.error(:invalid_params, "an argument was given twice: #{Enum.map_join(pairs, ", ", &elem(&1, 0))}")
   end
-
-  defp bang(:ok), do: :ok
-  defp bang({:ok, value}), do: value
-  defp bang({:error, error}), do: raise(error)
 end

@@ -157,7 +157,7 @@ defmodule Bridge.Journal do
         ahead = Enum.filter(left, &(&1.seq >= seq))
         numbers = Enum.map(ahead, & &1.n)
         own = Map.drop(journal.own, Enum.map(ahead, & &1.seq))
-        {:ok, %{journal | own: own, entries: Map.drop(journal.entries, numbers)}, nil, numbers}
+        {:ok, drop(%{journal | own: own}, numbers), nil, numbers}
 
       effect ->
         Error.error(

@@ -2,7 +2,13 @@ defmodule Bridge.Options do
   @moduledoc false
   # The options of a function, looked at once: one that is misspelt would do nothing, silently.
 
-  alias Bridge.Error
+  alias Bridge.{Config, Error}
+
+  @doc "The bridge that `opts` name, if they have no other options than that and `more`."
+  @spec bridge(term(), [atom()]) :: {:ok, Config.t()} | {:error, Error.t()}
+  def bridge(opts, more \\ []) do
+    with :ok <- check(opts, [:bridge | more]), do: Config.fetch(Keyword.get(opts, :bridge, Bridge))
+  end
 
   @doc "Whether `opts` are options with some of these names."
   @spec check(term(), [atom()]) :: :ok | {:error, Error.t()}

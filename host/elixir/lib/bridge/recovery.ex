@@ -2,7 +2,7 @@ defmodule Bridge.Recovery do
   @moduledoc false
   # Commands that were interrupted when their host ended: listed, gone on with, dropped.
 
-  alias Bridge.{Config, Error, Journal, SessionStore, Tools}
+  alias Bridge.{Config, Error, Journal, Result, SessionStore, Tools}
   alias Bridge.Journal.Entry
 
   @doc "The commands that were running when the bridge was last stopped, or died, oldest first."
@@ -51,21 +51,16 @@ defmodule Bridge.Recovery do
   end
 
   defp decide(entries, command, replies, rerun) do
-    Enum.reduce_while(entries, {:ok, []}, fn entry, {:ok, done} ->
+    Result.map(entries, fn entry ->
       id = "#{command.id}:#{entry.n}"
 
       cond do
         not entry.lost or id in rerun ->
-          {:cont, {:ok, [entry | done]}}
+          {:ok, entry}
 
         is_map_key(replies, id) ->
-          case Bridge.Value.encode(replies[id], "replies[#{inspect(id)}]") do
-            {:ok, json, buffers} ->
-              reply = {:ok, Bridge.JSON.encode!(%{"value" => json}), buffers}
-              {:cont, {:ok, [%{entry | reply: reply, lost: false} | done]}}
-
-            {:error, error} ->
-              {:halt, {:error, error}}
+          with {:ok, json, buffers} <- Bridge.Value.encode(replies[id], "replies[#{inspect(id)}]") do
+            {:ok, %{entry | reply: {:ok, Bridge.JSON.encode!(%{"value" => json}), buffers}, lost: false}}
           end
 
         entry.effect ->
@@ -73,10 +68,10 @@ defmodule Bridge.Recovery do
             "the host ended while #{Journal.shown(entry)} ran (call #{id}): whether its effect " <>
               "happened is not known"
 
-          {:halt, Error.error(:effect_in_doubt, message)}
+          Error.error(:effect_in_doubt, message)
 
         true ->
-          {:cont, {:ok, [entry | done]}}
+          {:ok, entry}
       end
     end)
   end

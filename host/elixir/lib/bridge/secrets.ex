@@ -60,12 +60,8 @@ defmodule Bridge.Secrets do
       cfg,
       {:with_vault,
        fn vault, tables ->
-         Enum.reduce_while(names, {:ok, %{}}, fn name, {:ok, found} ->
-           case clear(vault, tables, session, name) do
-             {:ok, clear} -> {:cont, {:ok, Map.put(found, name, clear)}}
-             {:error, error} -> {:halt, {:error, error}}
-           end
-         end)
+         one = fn name -> with {:ok, clear} <- clear(vault, tables, session, name), do: {:ok, {name, clear}} end
+         with {:ok, pairs} <- Bridge.Result.map(names, one), do: {:ok, Map.new(pairs)}
        end}
     )
   end

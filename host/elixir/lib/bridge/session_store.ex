@@ -16,7 +16,7 @@ defmodule Bridge.SessionStore do
   says which bridge (`Bridge` by default). Names are strings; atoms are taken as theirs.
   """
 
-  alias Bridge.{Config, Error, Options}
+  alias Bridge.{Config, Error, Options, Result}
   alias Bridge.Store.{Commit, Owner, Plain, Tables, Types}
 
   @type session :: String.t() | struct()
@@ -82,7 +82,7 @@ defmodule Bridge.SessionStore do
   @doc "The ids of all sessions."
   @spec sessions(keyword()) :: result([String.t()])
   def sessions(opts \\ []) do
-    with {:ok, cfg} <- config(opts) do
+    with {:ok, cfg} <- Options.bridge(opts) do
       reading(cfg, fn tables ->
         {:ok, for(known <- Tables.sessions(tables), not Tables.expired?(known, tables.clock), do: known.id)}
       end)
@@ -143,7 +143,7 @@ defmodule Bridge.SessionStore do
 
   @doc "As `set_variable/4`, but it raises."
   @spec set_variable!(session(), name(), term(), keyword()) :: pos_integer()
-  def set_variable!(session, name, value, opts \\ []), do: bang(set_variable(session, name, value, opts))
+  def set_variable!(session, name, value, opts \\ []), do: Result.bang(set_variable(session, name, value, opts))
 
   @doc "Reads a variable; `:not_found` names what there is."
   @spec get_variable(session(), name(), keyword()) :: result(term())
@@ -159,7 +159,7 @@ defmodule Bridge.SessionStore do
 
   @doc "As `get_variable/3`, but it raises."
   @spec get_variable!(session(), name(), keyword()) :: term()
-  def get_variable!(session, name, opts \\ []), do: bang(get_variable(session, name, opts))
+  def get_variable!(session, name, opts \\ []), do: Result.bang(get_variable(session, name, opts))
 
   @doc """
   Writes several variables at once: all of them or, if one is refused, none. Returns their versions.
@@ -182,7 +182,7 @@ defmodule Bridge.SessionStore do
   @spec update_variables!(session(), %{name() => term()} | [{name(), term()}], keyword()) :: %{
           String.t() => pos_integer()
         }
-  def update_variables!(session, changes, opts \\ []), do: bang(update_variables(session, changes, opts))
+  def update_variables!(session, changes, opts \\ []), do: Result.bang(update_variables(session, changes, opts))
 
   @doc "Deletes a variable. Its versions go on: the deletion is one, and is returned. Takes `if_version:`."
   @spec delete_variable(session(), name(), keyword()) :: result(pos_integer())
@@ -587,11 +587,9 @@ defmodule Bridge.SessionStore do
   end
 
   defp unsealed_calls(calls, open) do
-    Enum.reduce_while(calls, {:ok, []}, fn call, {:ok, done} ->
+    Result.map(calls, fn call ->
       with {:ok, asked} <- open.(call.asked), {:ok, reply} <- unsealed_reply(call.reply, open) do
-        {:cont, {:ok, done ++ [%{call | asked: asked, reply: reply}]}}
-      else
-        {:error, error} -> {:halt, {:error, error}}
+        {:ok, %{call | asked: asked, reply: reply}}
       end
     end)
   end
@@ -645,13 +643,6 @@ defmodule Bridge.SessionStore do
 
   # -- helpers ---------------------------------------------------------------------------------------------------------
 
-  defp bang({:ok, value}), do: value
-  defp bang({:error, error}), do: raise(error)
-
-  defp config(opts) do
-    with :ok <- Options.check(opts, [:bridge]), do: Config.fetch(Keyword.get(opts, :bridge, Bridge))
-  end
-
   @doc false
   # As `target/2`, and the options are looked at.
   @spec asked(session(), keyword(), [atom()]) :: {:ok, struct(), String.t()} | {:error, Error.t()}
@@ -667,12 +658,8 @@ defmodule Bridge.SessionStore do
   end
 
   defp if_versions(versions) do
-    Enum.reduce_while(versions, {:ok, %{}}, fn {name, version}, {:ok, known} ->
-      case if_version(version) do
-        {:ok, version} -> {:cont, {:ok, Map.put(known, text(name), version)}}
-        {:error, error} -> {:halt, {:error, error}}
-      end
-    end)
+    one = fn {name, version} -> with {:ok, version} <- if_version(version), do: {:ok, {text(name), version}} end
+    with {:ok, pairs} <- Result.map(versions, one), do: {:ok, Map.new(pairs)}
   end
 
   @doc false
@@ -696,21 +683,15 @@ defmodule Bridge.SessionStore do
   end
 
   defp normal(ops, hook) do
-    Enum.reduce_while(ops, {:ok, []}, fn
-      {:set, name, value, if_version}, {:ok, done} ->
+    Result.map(ops, fn
+      {:set, name, value, if_version} ->
         with :ok <- Plain.check_name("variable", name), {:ok, value} <- Plain.normal(value, name, hook) do
-          {:cont, {:ok, [{:set, name, value, if_version} | done]}}
-        else
-          {:error, error} -> {:halt, {:error, error}}
+          {:ok, {:set, name, value, if_version}}
         end
 
-      op, {:ok, done} ->
-        {:cont, {:ok, [op | done]}}
+      op ->
+        {:ok, op}
     end)
-    |> case do
-      {:ok, done} -> {:ok, Enum.reverse(done)}
-      {:error, error} -> {:error, error}
-    end
   end
 
   defp used(tables, id) do

@@ -25,7 +25,7 @@ defmodule Bridge.Tools do
 
   use GenServer
 
-  alias Bridge.{Config, Error, Schema}
+  alias Bridge.{Config, Error, Result, Schema}
   alias Bridge.Tools.Registered
 
   @max_tools 1_000
@@ -75,7 +75,7 @@ defmodule Bridge.Tools do
 
   @doc "As `register/4`; raises the error."
   @spec register!(session(), String.t(), fun(), keyword()) :: :ok
-  def register!(session, name, fun, opts \\ []), do: bang(register(session, name, fun, opts))
+  def register!(session, name, fun, opts \\ []), do: Result.bang(register(session, name, fun, opts))
 
   @doc "Forgets a tool of the session."
   @spec unregister(session(), String.t(), keyword()) :: :ok | {:error, Error.t()}
@@ -98,7 +98,7 @@ defmodule Bridge.Tools do
 
   @doc "As `list/2`; raises the error."
   @spec list!(session(), keyword()) :: [Registered.t()]
-  def list!(session, opts \\ []), do: bang(list(session, opts))
+  def list!(session, opts \\ []), do: Result.bang(list(session, opts))
 
   @doc "The tool of that name."
   @spec fetch(session(), String.t(), keyword()) :: {:ok, Registered.t()} | {:error, Error.t()}
@@ -121,7 +121,7 @@ defmodule Bridge.Tools do
 
   @doc "As `tool/3`; raises the error."
   @spec tool!(session(), String.t(), keyword()) :: struct()
-  def tool!(session, name, opts \\ []), do: bang(tool(session, name, opts))
+  def tool!(session, name, opts \\ []), do: Result.bang(tool(session, name, opts))
 
   @doc "Forgets the tools that a session had when it went: those that were registered since are another's."
   @spec forget(session(), integer(), keyword()) :: :ok
@@ -168,10 +168,6 @@ defmodule Bridge.Tools do
         do: reraise(no_clause(tool, args), __STACKTRACE__),
         else: reraise(error, __STACKTRACE__)
   end
-
-  defp bang(:ok), do: :ok
-  defp bang({:ok, value}), do: value
-  defp bang({:error, error}), do: raise(error)
 
   # -- where -----------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@ defmodule Bridge.Store.Exchange do
   # Export and import: sessions as one JSON file, the same as the Python host's (docs/session-export.schema.json), and
   # back. Secrets are named and never exported; so are tools.
 
-  alias Bridge.{Config, Error, SessionStore}
+  alias Bridge.{Config, Error, Result, SessionStore}
   alias Bridge.Store.{Commit, Files, Owner, Tables}
   alias Bridge.Store.Exchange.Reader
 
@@ -21,7 +21,7 @@ defmodule Bridge.Store.Exchange do
   def export(path, opts \\ []) do
     with {:ok, cfg} <- Config.fetch(Keyword.get(opts, :bridge, Bridge)),
          {:ok, ids} <- ids(cfg, opts),
-         {:ok, sessions} <- each(ids, &written(cfg, &1, Keyword.get(opts, :history, false))) do
+         {:ok, sessions} <- Result.map(ids, &written(cfg, &1, Keyword.get(opts, :history, false))) do
       now = SessionStore.tables!(cfg).clock.()
 
       content = %{
@@ -54,7 +54,7 @@ defmodule Bridge.Store.Exchange do
          {:ok, content} <- read(path),
          {:ok, tables} <- Owner.tables(cfg),
          {:ok, sessions} <- Reader.read(content, cfg.name, tables.clock.()),
-         {:ok, _fits} <- each(sessions, &check_size(&1, tables.quota)) do
+         {:ok, _fits} <- Result.map(sessions, &check_size(&1, tables.quota)) do
       Owner.call(cfg, {:take, sessions})
     end
   end
@@ -107,8 +107,8 @@ defmodule Bridge.Store.Exchange do
          puts = Enum.group_by(Map.get(owned, :variable, []), &elem(&1, 2), &elem(&1, 3)),
          there = for({name, puts} <- puts, List.last(puts).there, do: name),
          names = Enum.sort(Enum.uniq(there ++ Map.keys(types))),
-         {:ok, variables} <- each(names, &variable(&1, types, puts, history?)),
-         {:ok, instances} <- each(Map.get(owned, :instance, []), fn {_, _, record} -> instance(record) end) do
+         {:ok, variables} <- Result.map(names, &variable(&1, types, puts, history?)),
+         {:ok, instances} <- Result.map(Map.get(owned, :instance, []), fn {_, _, record} -> instance(record) end) do
       {:ok,
        %{
          "id" => id,
@@ -147,7 +147,7 @@ defmodule Bridge.Store.Exchange do
     current = if current && current.there, do: current
     earlier = if history? and current != nil, do: earlier, else: []
 
-    with {:ok, versions} <- each(earlier ++ List.wrap(current), &version(&1, name)) do
+    with {:ok, versions} <- Result.map(earlier ++ List.wrap(current), &version(&1, name)) do
       {history, [current]} = if current, do: Enum.split(versions, -1), else: {[], [nil]}
       {:ok, %{"name" => name, "schema" => types[name], "current" => current, "history" => history}}
     end
@@ -222,19 +222,6 @@ defmodule Bridge.Store.Exchange do
       id |> Bridge.Tools.list!(bridge: cfg.name) |> Enum.map(& &1.name) |> Enum.sort()
     else
       []
-    end
-  end
-
-  defp each(items, fun) do
-    Enum.reduce_while(items, {:ok, []}, fn item, {:ok, done} ->
-      case fun.(item) do
-        {:ok, made} -> {:cont, {:ok, [made | done]}}
-        {:error, error} -> {:halt, {:error, error}}
-      end
-    end)
-    |> case do
-      {:ok, done} -> {:ok, Enum.reverse(done)}
-      {:error, error} -> {:error, error}
     end
   end
 end

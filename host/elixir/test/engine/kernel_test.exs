@@ -57,7 +57,7 @@ defmodule Bridge.KernelTest do
   end
 
   test "kernels that take the shortest messages there are serve, and live" do
-    %{name: bridge} = bridge(arguments: ["--Policy.max_message_bytes=65536"], heartbeat: 200)
+    %{name: bridge} = bridge(arguments: ["--Policy.max_message_bytes=65536"], heartbeat: 2_000)
     [%{pid: pid}] = ready(bridge, 1)
     assert {:ok, 5.0} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge)
     eventually("it was pinged", fn -> Telemetry.events(bridge, [:bridge, :kernel, :memory]) != [] end)

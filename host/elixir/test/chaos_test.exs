@@ -91,8 +91,8 @@ defmodule Bridge.ChaosTest do
     :atomics.put(run.ending, 1, 1)
     ends = Task.yield_many(workers, @finish_ms)
 
-    where = for {_worker, nil} <- ends, do: :ets.tab2list(run.at)
-    assert where == [], "seed #{seed}: #{length(where)} hang: #{inspect(List.first(where), limit: :infinity)}"
+    where = :ets.tab2list(run.at)
+    assert where == [], "seed #{seed}: these hang: #{inspect(where, limit: :infinity)}"
     for {_worker, ended} <- ends, do: assert({:ok, :ok} = ended)
 
     assert Supervisor.which_children(bridge) == children, "seed #{seed}: more than kernels was started anew"
@@ -225,6 +225,8 @@ defmodule Bridge.ChaosTest do
 
   defp work(run, session, wallet, number) do
     if :atomics.get(run.ending, 1) == 1 and number >= @steps do
+      # Who is still there at the end hangs.
+      :ets.delete(run.at, session)
       :ok
     else
       {kind, keyed?} = step(run.seed, session, number)
@@ -258,8 +260,8 @@ defmodule Bridge.ChaosTest do
 
       {:error, %Error{name: error}} when error in @expected ->
         if error in [:circuit_open, :kernel_start_failed], do: Process.sleep(50)
-        # Nobody's fault here: it was there when kernels died. Somebody may have let it out already.
-        if error == :quarantined, do: Bridge.release("workload.#{todo.kind}", bridge: todo.run.bridge)
+        # Nobody's fault here: it was there when kernels died.
+        if error == :quarantined, do: let_out(todo.run.bridge)
 
         if todo.keyed? do
           attempt(todo, name, number)
@@ -272,6 +274,11 @@ defmodule Bridge.ChaosTest do
       {:error, error} ->
         raise error
     end
+  end
+
+  # Somebody else may have let it out already.
+  defp let_out(bridge) do
+    for %{name: name} <- Bridge.quarantine!(bridge: bridge), do: Bridge.release(name, bridge: bridge)
   end
 
   # An inner command that has a key and lost its kernels could be gone on with; its step begins anew instead.

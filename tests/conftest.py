@@ -25,7 +25,7 @@ KERNELSIDE = str(Path(__file__).parent / "kernelside")
 _numbers = itertools.count(1)
 
 
-def eventually(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> None:
+def eventually(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
     """Wait for what another process or thread does; the condition decides, not the clock."""
     until = time.monotonic() + seconds
     while not condition():

@@ -145,7 +145,7 @@ def commands(told: Counter[tuple[str, ...]], tmp_path: Path) -> None:
 
 
 def pool(told: Counter[tuple[str, ...]]) -> None:
-    with Host(kernels=1, concurrency=1, queue=0, breaker=Breaker(kernel_failures=1), heartbeat=1.0) as host:
+    with Host(kernels=1, concurrency=1, queue=0, breaker=Breaker(kernel_failures=1), heartbeat=4.0) as host:
         session = host.session()
         eventually(lambda: names_of(host)["bridge", "kernel", "memory"], "a heartbeat was answered")
         blocked = session.submit("time.sleep", 600)

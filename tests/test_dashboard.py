@@ -481,7 +481,7 @@ def test_top_puts_together_a_snapshot_that_comes_in_pieces(
                 connection, _ = listening.accept()
                 with connection:
                     connection.sendall(line[:100])
-                    first_read.wait(10)
+                    first_read.wait(60)
                     connection.sendall(line[100:])
 
             read = Watching.read
@@ -564,7 +564,7 @@ def test_top_is_live_in_a_terminal_until_q_or_ctrl_c_or_it_is_ended(
         second.process.send_signal(signal.SIGINT)
         third.process.send_signal(signal.SIGTERM)
         for terminal, code in ((first, 0), (second, 0), (third, 128 + signal.SIGTERM)):
-            assert terminal.process.wait(10) == code
+            assert terminal.process.wait(60) == code
             eventually(lambda: "\x1b[?1049l" in terminal.shown, "the screen is given back")  # noqa: B023
             assert "Traceback" not in terminal.shown
 
@@ -573,7 +573,7 @@ def test_top_says_that_the_host_has_ended(runtime: Path) -> None:
     with Host(kernels=0) as host, Terminal(str(runtime)) as terminal:
         eventually(lambda: "All well" in terminal.shown, "the page is drawn", 30)
         host.close()
-        assert terminal.process.wait(10) == 0
+        assert terminal.process.wait(60) == 0
         eventually(lambda: "The host was closed." in terminal.shown, "it says so")
 
 

@@ -237,10 +237,10 @@ def test_sessions_that_share_a_kernel_use_their_own_models_even_at_once(host: Ho
             session.function("ask", "def ask(module):\n    return module(question='?').answer\n", lm=True)
             instances.append((session, session.create("dspy.Predict", "question -> answer")))
         futures = [session.submit("ask", instance) for session, instance in instances for _ in range(3)]
-        assert one.received.wait(10)
-        assert two.received.wait(10)
+        assert one.received.wait(60)
+        assert two.received.wait(60)
         release.set()  # until here neither had an answer: they overlap in the one kernel
-        assert [future.result(10) for future in futures] == ["one"] * 3 + ["two"] * 3
+        assert [future.result(60) for future in futures] == ["one"] * 3 + ["two"] * 3
         assert [instance(question="?").answer for _, instance in instances] == ["one", "two"]
     assert (len(one.requests), len(two.requests)) == (4, 4)
     assert len(host.kernels()) == 1
@@ -441,10 +441,10 @@ def test_cancelling_a_call_that_waits_for_its_model_ends_it_at_once(session: Ses
         use(session, lm)
         session.function("ask", "def ask(module):\n    return module(question='?').answer\n", lm=True)
         future = session.submit("ask", session.create("dspy.Predict", "question -> answer"))
-        assert lm.received.wait(10)
+        assert lm.received.wait(60)
         future.cancel()
         with pytest.raises(CancelledError):
-            future.result(10)
+            future.result(60)
         release.set()
         assert session.call("ask", session.create("dspy.Predict", "question -> answer")) == "late"
 

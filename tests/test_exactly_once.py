@@ -864,8 +864,8 @@ async def test_commands_within_tools_within_commands_are_journaled_each(tmp_path
 
 @pytest.fixture
 def watched() -> Iterator[Host]:
-    """Two kernels that may be silent for 2 s."""
-    with Host(kernels=2, heartbeat=2.0, env={"PYTHONPATH": KERNELSIDE}) as host:
+    """Two kernels that may be silent for 4 s."""
+    with Host(kernels=2, heartbeat=4.0, env={"PYTHONPATH": KERNELSIDE}) as host:
         yield host
 
 

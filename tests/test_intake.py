@@ -54,14 +54,14 @@ def test_who_looks_waits_for_a_thread_that_is_in_the_middle_of_reading() -> None
 
     def slow(event: Event) -> None:
         reading.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     handler = telemetry.attach("bridge.user", slow)
     telemetry.intake.expect("bridge-x-1")
     telemetry.intake.take_display(display(SEEN, SEEN))
     reader = threading.Thread(target=telemetry.intake.read)
     reader.start()
-    assert reading.wait(10)
+    assert reading.wait(60)
     telemetry.detach(handler)
     threading.Timer(0.02, go_on.set).start()
     assert len(telemetry.events("bridge", "user")) == 2

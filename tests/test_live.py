@@ -620,7 +620,7 @@ held.wait()
 os.register_at_fork(before=go.set)
 child = os.fork()
 if not child:
-    os._exit(not terminal.lock.acquire(timeout=5))
+    os._exit(not terminal.lock.acquire(timeout=30))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 

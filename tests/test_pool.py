@@ -474,7 +474,7 @@ def asynchronous(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     return run
 
 
-async def until(condition: Callable[[], Any], what: str, seconds: float = 15.0) -> None:
+async def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
     """Wait for what other processes do; the condition decides, not the clock."""
     end = time.monotonic() + seconds
     while not condition():
@@ -666,7 +666,7 @@ async def test_a_kernel_whose_connections_were_cut_is_given_up_and_replaced() ->
 
 @asynchronous
 async def test_a_stopped_kernel_is_not_chosen_then_killed_and_its_commands_fail() -> None:
-    async with rig(2, heartbeat=1.0, routing="least_loaded") as made:
+    async with rig(2, heartbeat=4.0, routing="least_loaded") as made:
         stopped, other = made.pool.kernels
         lost = asyncio.ensure_future(made.run(await made.place(avoid=frozenset({other.id})), "time.sleep", 600))
         os.kill(stopped.pid, signal.SIGSTOP)
@@ -683,7 +683,7 @@ async def test_a_stopped_kernel_is_not_chosen_then_killed_and_its_commands_fail(
 
 @asynchronous
 async def test_a_kernel_that_is_continued_in_time_works_on() -> None:
-    async with rig(heartbeat=2.0) as made:
+    async with rig(heartbeat=8.0) as made:
         kernel = only(made)
         os.kill(kernel.pid, signal.SIGSTOP)
         await until(lambda: kernel.state == "unresponsive", "its silence is noticed")
@@ -698,7 +698,7 @@ async def test_a_kernel_that_is_continued_in_time_works_on() -> None:
 
 @asynchronous
 async def test_a_busy_kernel_says_how_much_memory_it_uses_too() -> None:
-    async with rig(heartbeat=1.0) as made:
+    async with rig(heartbeat=4.0) as made:
         until_known = len(made.events("kernel", "memory")) + 2
         while len(made.events("kernel", "memory")) < until_known:
             await made.call("math.sqrt", 4)
@@ -707,11 +707,11 @@ async def test_a_busy_kernel_says_how_much_memory_it_uses_too() -> None:
 
 @asynchronous
 async def test_a_host_whose_own_loop_stood_still_does_not_take_it_for_its_kernels_silence() -> None:
-    async with rig(heartbeat=0.8) as made:
+    async with rig(heartbeat=2.0) as made:
         kernel = only(made)
-        running = asyncio.ensure_future(made.call("time.sleep", 2.5))
+        running = asyncio.ensure_future(made.call("time.sleep", 5))
         await until(lambda: kernel.rss, "a heartbeat was answered")
-        time.sleep(2)  # noqa: ASYNC251 - what a notebook's user does
+        time.sleep(4)  # noqa: ASYNC251 - what a notebook's user does
         await running
         assert only(made) is kernel
         assert not made.events("kernel", "stop")
@@ -719,7 +719,7 @@ async def test_a_host_whose_own_loop_stood_still_does_not_take_it_for_its_kernel
 
 @asynchronous
 async def test_an_attached_kernel_of_others_is_only_let_go_when_it_hangs_or_dies() -> None:
-    async with rig() as theirs, rig(0, heartbeat=1.0) as made:
+    async with rig() as theirs, rig(0, heartbeat=4.0) as made:
         owned = only(theirs)
         kernel = await made.pool.attach(owned.connection_file, "")
         assert await made.call("os.getpid") == owned.pid
@@ -855,7 +855,7 @@ async def test_a_kernel_is_replaced_when_it_is_old() -> None:
 
 @asynchronous
 async def test_a_kernel_is_replaced_when_it_has_grown_too_large_by_its_own_account() -> None:
-    async with rig(heartbeat=1.0, recycle=Recycle(rss_bytes=200 << 20)) as made:
+    async with rig(heartbeat=4.0, recycle=Recycle(rss_bytes=200 << 20)) as made:
         kernel = only(made)
         await until(lambda: kernel.rss, "it has said how large it is")
         assert kernel.rss < 200 << 20
@@ -868,7 +868,7 @@ async def test_a_kernel_is_replaced_when_it_has_grown_too_large_by_its_own_accou
 
 @asynchronous
 async def test_the_status_is_a_table_that_people_can_read() -> None:
-    async with rig(heartbeat=1.0) as made:
+    async with rig(heartbeat=4.0) as made:
         await until(lambda: only(made).rss, "a heartbeat was answered")
         status = made.pool.status()
         title, head, row = repr(status).splitlines()
@@ -953,7 +953,7 @@ def test_a_process_that_has_the_pid_of_a_dead_kernel_is_not_touched(tmp_path: Pa
     assert sleeper.poll() is None
     record(tmp_path, kernels={sleeper.pid: began})
     assert [swept.killed for swept in orphans.sweep(str(tmp_path))] == [(sleeper.pid,)]
-    assert sleeper.wait(10) == -signal.SIGKILL
+    assert sleeper.wait(60) == -signal.SIGKILL
 
 
 def test_a_process_that_has_the_pid_of_a_dead_host_does_not_protect_its_kernels(tmp_path: Path, sleeper: Any) -> None:

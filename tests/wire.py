@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Kernel", "Received", "Reply", "Wire", "kernel_command", "loads", "source", "write_connection_file")
 
-TIMEOUT_S: Final = 10.0  # how long any one condition may take, on a machine that does other things too
+TIMEOUT_S: Final = 60.0  # how long any one condition may take, on a machine that does other things too
 PORTS: Final = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
 DATE: Final = "2026-01-01T00:00:00Z"
 

@@ -1,6 +1,8 @@
 defmodule Bridge.Pool.OrphansTest do
   use ExUnit.Case, async: true
 
+  import Bridge.TestProcesses
+
   alias Bridge.Pool.Orphans
 
   @nobody 4_194_305
@@ -17,7 +19,16 @@ defmodule Bridge.Pool.OrphansTest do
     port = Port.open({:spawn_executable, System.find_executable("sleep")}, [:binary, :exit_status, args: ["600"]])
     {:os_pid, pid} = Port.info(port, :os_pid)
     on_exit(fn -> System.cmd("kill", ["-9", to_string(pid)], stderr_to_stdout: true) end)
+    # Its pid is known before it has become a leader.
+    eventually("it leads its group", fn -> group(pid) == pid end)
     {port, pid}
+  end
+
+  defp group(pid) do
+    [_state, _parent, group | _more] =
+      "/proc/#{pid}/stat" |> File.read!() |> String.split(")") |> List.last() |> String.split()
+
+    String.to_integer(group)
   end
 
   # A runtime directory with the record of one kernel.

@@ -80,7 +80,7 @@ defmodule Bridge.OtpTest do
       furnish(bridge)
       path = Path.join(scratch(), "go-on")
       command = Task.async(fn -> Bridge.call("s", "held", [path], bridge: bridge) end)
-      assert_receive {:arrived, tool}, 30_000
+      assert_receive {:arrived, tool}, 60_000
       send(tool, :go_on)
       eventually("the write has come", fn -> match?([%{in_flight: 1}], Bridge.kernels!(bridge: bridge)) end)
 
@@ -103,7 +103,7 @@ defmodule Bridge.OtpTest do
     ready(bridge, 2)
     furnish(bridge)
     command = Task.async(fn -> Bridge.call("s", "held", [], bridge: bridge) end)
-    assert_receive {:arrived, tool}, 30_000
+    assert_receive {:arrived, tool}, 60_000
     %{id: id, os_pid: os_pid} = working(bridge)
     signal(os_pid, "STOP")
     send(tool, :go_on)
@@ -170,7 +170,7 @@ defmodule Bridge.OtpTest do
     furnish(bridge)
     path = Path.join(scratch(), "go-on")
     command = Task.async(fn -> Bridge.call("s", "held", [path], bridge: bridge, idempotency_key: "once") end)
-    assert_receive {:arrived, tool}, 30_000
+    assert_receive {:arrived, tool}, 60_000
     send(tool, :go_on)
     # The reply has come, and been used.
     eventually("the write has come", fn -> match?([%{in_flight: 1}], Bridge.kernels!(bridge: bridge)) end)
@@ -199,7 +199,7 @@ defmodule Bridge.OtpTest do
     {:ok, _} = SessionStore.set_variable("s", "kept", [1, 2], bridge: bridge)
     before = children(bridge)
     command = Task.async(fn -> Bridge.call("s", "held", [], bridge: bridge) end)
-    assert_receive {:arrived, _tool}, 30_000
+    assert_receive {:arrived, _tool}, 60_000
     Process.exit(Process.whereis(Config.process(bridge, :store)), :kill)
 
     # Its caller is told, and does not wait for what never comes.
@@ -286,7 +286,7 @@ defmodule Bridge.OtpTest do
     :ok = Tools.register("s", "nested", nested, bridge: bridge)
     :ok = Bridge.define("s", "outer", "def outer(ctx):\n    return ctx.call_tool('nested')", bridge: bridge)
     commands = for name <- ["held", "outer"], do: Task.async(fn -> Bridge.call("s", name, [], bridge: bridge) end)
-    tools = for _ <- commands, do: assert_receive({:arrived, _tool}, 30_000) |> elem(1)
+    tools = for _ <- commands, do: assert_receive({:arrived, _tool}, 60_000) |> elem(1)
     directory = runtime_dir(bridge)
     assert File.exists?(directory)
     tables = for role <- [:tools, :store], do: Config.process(bridge, role)
@@ -311,11 +311,11 @@ defmodule Bridge.OtpTest do
     %{name: bridge, mark: mark} = bridge(kernels: 1)
     furnish(bridge)
     command = Task.async(fn -> Bridge.call("s", "held", [], bridge: bridge) end)
-    assert_receive {:arrived, tool}, 30_000
+    assert_receive {:arrived, tool}, 60_000
     monitor = Process.monitor(tool)
     assert Bridge.stop(bridge, 1) == :ok
     assert {:error, %Error{name: :host_closed}} = Task.await(command, 60_000)
-    assert_receive {:DOWN, ^monitor, :process, _, _}, 30_000
+    assert_receive {:DOWN, ^monitor, :process, _, _}, 60_000
     assert marked(mark) == []
   end
 
@@ -433,10 +433,10 @@ defmodule Bridge.OtpTest do
 
     :ok = Bridge.define("s", "waits", source, bridge: bridge)
     caller = spawn(fn -> Bridge.call("s", "waits", [path], bridge: bridge) end)
-    assert_receive {:arrived, tool}, 30_000
+    assert_receive {:arrived, tool}, 60_000
     monitor = Process.monitor(tool)
     Process.exit(caller, :kill)
-    assert_receive {:DOWN, ^monitor, :process, _, _}, 30_000
+    assert_receive {:DOWN, ^monitor, :process, _, _}, 60_000
     eventually("Python was told", fn -> File.exists?(path) end)
     eventually("its place is free", fn -> Bridge.status!(bridge: bridge).running == 0 end)
     assert DynamicSupervisor.count_children(Config.process(bridge, :commands)).active == 0
@@ -449,7 +449,7 @@ defmodule Bridge.OtpTest do
     furnish(bridge)
     before = children(bridge)
     bystander = Task.async(fn -> Bridge.call("s", "held", [], bridge: bridge) end)
-    assert_receive {:arrived, tool}, 30_000
+    assert_receive {:arrived, tool}, 60_000
 
     tools = %{
       "raises" => fn -> raise "oh" end,
@@ -502,7 +502,7 @@ defmodule Bridge.OtpTest do
     :ok = Tools.register("s", "joins", joins, bridge: bridge)
     :ok = Bridge.define("s", "outer", "def outer(ctx):\n    return ctx.call_tool('joins')", bridge: bridge)
     outer = Task.async(fn -> Bridge.call("s", "outer", [], bridge: bridge) end)
-    assert_receive {:arrived, tool}, 30_000
+    assert_receive {:arrived, tool}, 60_000
     waiting = Task.async(keyed)
     eventually("it waits", fn -> Bridge.status!(bridge: bridge).waiting == 1 end)
     send(tool, :go_on)

@@ -186,7 +186,7 @@ defmodule Bridge.PrivacyTest do
         # It is remembered, and comes out as it went in.
         assert {:ok, @token} = Bridge.call("s", "leak", [@given, "return"], [idempotency_key: "k"] ++ on)
         held = Task.async(fn -> Bridge.call("s", "leak", [@given, "hold"], on) end)
-        assert_receive {:waiting, tool}, 20_000
+        assert_receive {:waiting, tool}, 60_000
 
         [%{os_pid: os_pid}] = Bridge.kernels!(on)
         connection = File.read!(Path.wildcard(Path.join(cfg.runtime_dir, "*/*.json")) |> hd())
@@ -203,7 +203,7 @@ defmodule Bridge.PrivacyTest do
         assert leaks(tables) == []
 
         send(tool, :go_on)
-        assert {:ok, nil} = Task.await(held, 20_000)
+        assert {:ok, nil} = Task.await(held, 60_000)
 
         path = Path.join(context.directory, "export.json")
         Bridge.export(path, on)
@@ -245,7 +245,7 @@ defmodule Bridge.PrivacyTest do
   test "what a command and its kernel hold shows no secret, not even to who knows no protocol", context do
     sup = bridge(context)
     held = Task.async(fn -> Bridge.call("s", "hold", [@given], bridge: context.bridge) end)
-    assert_receive {:waiting, tool}, 20_000
+    assert_receive {:waiting, tool}, 60_000
 
     for pid <- processes(sup, context.bridge) do
       assert leaks([raw(state(pid)), raw(:sys.get_status(pid, 5_000))], [@token, "key-of-the-model"]) == []
@@ -253,7 +253,7 @@ defmodule Bridge.PrivacyTest do
     end
 
     send(tool, :go_on)
-    Task.await(held, 20_000)
+    Task.await(held, 60_000)
   end
 
   test "a process that fails says in no report what it held or was told", context do
@@ -261,7 +261,7 @@ defmodule Bridge.PrivacyTest do
       capture_log(fn ->
         bridge(context)
         held = Task.async(fn -> Bridge.call("s", "hold", [@given], retries: 0, bridge: context.bridge) end)
-        assert_receive {:waiting, _tool}, 20_000
+        assert_receive {:waiting, _tool}, 60_000
         {:ok, cfg} = Config.fetch(context.bridge)
         [{_, command, _, _}] = DynamicSupervisor.which_children(Config.process(context.bridge, :commands))
         [kernel] = Bridge.Kernels.pids(cfg)
@@ -274,10 +274,10 @@ defmodule Bridge.PrivacyTest do
             Process.alive?(pid) do
           monitor = Process.monitor(pid)
           send(pid, {:"$gen_cast", {:no_such_thing, request}})
-          assert_receive {:DOWN, ^monitor, :process, ^pid, _reason}, 10_000
+          assert_receive {:DOWN, ^monitor, :process, ^pid, _reason}, 60_000
         end
 
-        assert {:error, error} = Task.await(held, 20_000)
+        assert {:error, error} = Task.await(held, 60_000)
         assert leaks(shown(error), @traces ++ [@given]) == []
       end)
 

@@ -29,7 +29,7 @@ defmodule Bridge.CommandTest do
   end
 
   defp held!(name) do
-    assert_receive {:held, ^name, tool}, 30_000
+    assert_receive {:held, ^name, tool}, 60_000
     tool
   end
 
@@ -199,7 +199,7 @@ defmodule Bridge.CommandTest do
         receive do: (:look -> {result, Process.info(self(), :messages)})
       end)
 
-    assert_receive :gave_up, 30_000
+    assert_receive :gave_up, 60_000
     send(tool, {:return, 3})
     assert Task.await(first, 60_000) == {:ok, 3}
     send(second.pid, :look)
@@ -217,8 +217,8 @@ defmodule Bridge.CommandTest do
     monitor = "held" |> held!() |> Process.monitor()
     command = Process.monitor(process_of(bridge, session))
     Process.exit(caller, :kill)
-    assert_receive {:DOWN, ^monitor, :process, _, _}, 30_000
-    assert_receive {:DOWN, ^command, :process, _, :normal}, 30_000
+    assert_receive {:DOWN, ^monitor, :process, _, _}, 60_000
+    assert_receive {:DOWN, ^command, :process, _, :normal}, 60_000
     assert {:ok, []} = SessionStore.variables(session)
     assert [%{error: :cancelled}] = Bridge.journal!(session: session, bridge: bridge)
   end
@@ -237,7 +237,7 @@ defmodule Bridge.CommandTest do
     caller = spawn(fn -> Bridge.call(session, "f") end)
     monitor = "stubborn" |> held!() |> Process.monitor()
     Process.exit(caller, :kill)
-    assert_receive {:DOWN, ^monitor, :process, _, :killed}, 30_000
+    assert_receive {:DOWN, ^monitor, :process, _, :killed}, 60_000
   end
 
   # -- sessions that go ---------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ defmodule Bridge.KernelTest do
     :ok = Telemetry.attach({__MODULE__, bridge}, [:bridge, :execution, :stop], handler)
     on_exit(fn -> Telemetry.detach({__MODULE__, bridge}) end)
     assert {:ok, 5.0} = Bridge.call("s", "math.hypot", [3, 4], bridge: bridge)
-    assert_receive {:told, {:error, %Error{name: :invalid_params}}}, 30_000
+    assert_receive {:told, {:error, %Error{name: :invalid_params}}}, 60_000
   end
 
   test "however many ask at once for so many kernels, there are as many" do
@@ -168,7 +168,7 @@ defmodule Bridge.KernelTest do
     :ok = Bridge.Tools.register("s", "held", held, bridge: bridge)
     :ok = Bridge.define("s", "f", "def f(ctx):\n    return ctx.call_tool('held')", bridge: bridge)
     running = for _ <- 1..8, do: Task.async(fn -> Bridge.call("s", "f", [], bridge: bridge, retries: 0) end)
-    tools = for _ <- running, do: assert_receive({:held, _pid}, 30_000) |> elem(1)
+    tools = for _ <- running, do: assert_receive({:held, _pid}, 60_000) |> elem(1)
 
     for _ <- 1..3, do: assert(:ok = Bridge.scale(1, bridge: bridge))
     assert length(Kernels.pids(cfg)) == 1

@@ -37,7 +37,7 @@ defmodule Bridge.RecoveryTest do
   end
 
   defp held! do
-    assert_receive {:held, tool}, 30_000
+    assert_receive {:held, tool}, 60_000
     tool
   end
 

@@ -47,7 +47,7 @@ defmodule Bridge.Kernel.LaunchTest do
     end
   end
 
-  defp assert_ends(pids, left \\ 1_000) do
+  defp assert_ends(pids, left \\ 6_000) do
     cond do
       not Enum.any?(pids, &alive?/1) -> :ok
       left == 0 -> flunk("still there: #{inspect(Enum.filter(pids, &alive?/1))}")
@@ -55,7 +55,7 @@ defmodule Bridge.Kernel.LaunchTest do
     end
   end
 
-  defp assert_removed(dir, left \\ 1_000) do
+  defp assert_removed(dir, left \\ 6_000) do
     cond do
       not File.exists?(dir) -> :ok
       left == 0 -> flunk("#{dir} is still there")
@@ -103,7 +103,7 @@ defmodule Bridge.Kernel.LaunchTest do
     pids = [launched.os_pid, child(dir)]
     assert Enum.all?(pids, &alive?/1)
     assert :ok = Launch.kill(launched)
-    assert_receive {^port, {:exit_status, 137}}, 10_000
+    assert_receive {^port, {:exit_status, 137}}, 60_000
     assert_ends(pids)
     assert :ok = Launch.kill(launched)
   end
@@ -111,7 +111,7 @@ defmodule Bridge.Kernel.LaunchTest do
   test "a kernel that dies by itself is heard of at once, although what it started lives on", %{cfg: cfg, dir: dir} do
     %{port: port} = launched = started(cfg)
     System.cmd("kill", ["-9", to_string(launched.os_pid)])
-    assert_receive {^port, {:exit_status, 137}}, 10_000
+    assert_receive {^port, {:exit_status, 137}}, 60_000
     assert alive?(child(dir))
     assert :ok = Launch.close(launched)
     assert_ends([child(dir)])
@@ -121,7 +121,7 @@ defmodule Bridge.Kernel.LaunchTest do
     launched = started(cfg)
     guard = Process.monitor(launched.guard)
     assert :ok = Launch.close(launched)
-    assert_receive {:DOWN, ^guard, :process, _, _}, 10_000
+    assert_receive {:DOWN, ^guard, :process, _, _}, 60_000
     refute File.exists?(launched.dir)
     assert_ends([launched.os_pid, child(dir)])
     assert :ok = Launch.close(launched)
@@ -256,10 +256,10 @@ defmodule Bridge.Kernel.LaunchTest do
     refute_received {_, {:data, _}}
   end
 
-  defp assert_eventually(condition, left \\ 1_000) do
+  defp assert_eventually(condition, left \\ 6_000) do
     cond do
       condition.() -> :ok
-      left == 0 -> flunk("not within 10 s")
+      left == 0 -> flunk("not within a minute")
       true -> Process.sleep(10) && assert_eventually(condition, left - 1)
     end
   end

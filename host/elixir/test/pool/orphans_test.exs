@@ -54,7 +54,7 @@ defmodule Bridge.Pool.OrphansTest do
     directory = parent |> recorded(pid) |> changed(%{"pid" => @nobody})
     System.cmd("kill", ["-STOP", to_string(pid)])
     assert [%{directory: ^directory, host: @nobody, killed: [^pid]}] = Orphans.sweep(parent)
-    assert_receive {^port, {:exit_status, 137}}, 10_000
+    assert_receive {^port, {:exit_status, 137}}, 60_000
     refute File.exists?(directory)
   end
 
@@ -62,7 +62,7 @@ defmodule Bridge.Pool.OrphansTest do
     {port, pid} = sleeper()
     parent |> recorded(pid) |> changed(%{"started" => 1})
     assert [%{killed: [^pid]}] = Orphans.sweep(parent)
-    assert_receive {^port, {:exit_status, 137}}, 10_000
+    assert_receive {^port, {:exit_status, 137}}, 60_000
   end
 
   test "a process that was given the pid of a kernel is left alone", %{parent: parent} do
@@ -130,7 +130,7 @@ defmodule Bridge.Pool.OrphansTest do
 
     {said, 0} = System.cmd(Bridge.TestKernels.python(), ["-c", script, parent])
     assert said == "[('#{directory}', #{@nobody}, (#{pid},))]\n"
-    assert_receive {^port, {:exit_status, 137}}, 10_000
+    assert_receive {^port, {:exit_status, 137}}, 60_000
   end
 
   test "and this one after the Python host", %{parent: parent} do
@@ -149,6 +149,6 @@ defmodule Bridge.Pool.OrphansTest do
 
     {"", 0} = System.cmd(Bridge.TestKernels.python(), ["-c", script, directory, to_string(pid)])
     assert [%{killed: [^pid]}] = Orphans.sweep(parent)
-    assert_receive {^port, {:exit_status, 137}}, 10_000
+    assert_receive {^port, {:exit_status, 137}}, 60_000
   end
 end

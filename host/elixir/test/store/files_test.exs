@@ -70,7 +70,7 @@ defmodule Bridge.Store.FilesTest do
     :erlang.trace_pattern({:file, :_, :_}, true, [])
     :erlang.trace(worker, true, [:call, :set_on_spawn, tracer: test])
     send(worker, :go)
-    assert_receive {:DOWN, ^monitor, :process, ^worker, :normal}, 30_000
+    assert_receive {:DOWN, ^monitor, :process, ^worker, :normal}, 60_000
     delivered = :erlang.trace_delivered(:all)
     assert_receive {:trace_delivered, :all, ^delivered}
     :erlang.trace_pattern({:file, :_, :_}, false, [])
@@ -125,7 +125,7 @@ defmodule Bridge.Store.FilesTest do
     port =
       Port.open({:spawn_executable, sh}, [:binary, :exit_status, line: 100, args: ["-c", command, "sh", ebin, script]])
 
-    assert_receive {^port, {:data, {:eol, "there"}}}, 30_000
+    assert_receive {^port, {:data, {:eol, "there"}}}, 60_000
     :ok = until_snapshot(directory <> "/store")
     # It counts: what is made in the common way is open to all.
     assert mode(directory <> "/open") == 0o666
@@ -134,6 +134,6 @@ defmodule Bridge.Store.FilesTest do
     assert ["log" <> _, "owner", "secrets.key", "snapshot" <> _] = names -- ["log.1"]
     {:os_pid, pid} = Port.info(port, :os_pid)
     {_, 0} = System.cmd("kill", ["-9", "#{pid}"])
-    assert_receive {^port, {:exit_status, _killed}}, 30_000
+    assert_receive {^port, {:exit_status, _killed}}, 60_000
   end
 end

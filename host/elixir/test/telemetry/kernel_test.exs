@@ -29,7 +29,7 @@ defmodule Bridge.Telemetry.KernelTest do
     assert {:ok, 84} = Bridge.call(session, "twice", [Bridge.Tools.tool!(session, "double"), 21])
 
     # The kernel's own word comes after its answer.
-    assert_receive {:event, [:bridge, :execution, :stop], %{callbacks: 2}, %{trace_id: trace}}, 10_000
+    assert_receive {:event, [:bridge, :execution, :stop], %{callbacks: 2}, %{trace_id: trace}}, 60_000
     assert {:ok, waterfall} = Telemetry.waterfall(trace, bridge: bridge)
 
     callback = [{"tool.call double", 2}, {"tool double", 3}]

@@ -80,7 +80,7 @@ defmodule Bridge.LiveTest do
 
   # What is shown in the end: more may come, so what is waited for is a text.
   defp shown(text, frame \\ nil) do
-    assert_receive {:kino, :shown, found, %{html: html}} when frame == nil or found == frame, 5_000
+    assert_receive {:kino, :shown, found, %{html: html}} when frame == nil or found == frame, 60_000
     there? = if is_function(text), do: text.(html), else: html =~ text
     if there?, do: {found, html}, else: shown(text, frame)
   end

@@ -13,7 +13,7 @@ defmodule Bridge.ChaosTest do
   @kernels 3
   # Each session does at least so many, however short the time is.
   @steps 3
-  @finish_ms 120_000
+  @finish_ms 240_000
   @chunks 24
   @tests Path.expand("../../../tests", __DIR__)
 

@@ -164,7 +164,6 @@ defmodule Bridge.PrivacyTest do
     end
   end
 
-  @tag timeout: 60_000
   test "a secret is in no channel, wherever its command says it", context do
     test = self()
 

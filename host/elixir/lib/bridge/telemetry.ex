@@ -105,7 +105,7 @@ defmodule Bridge.Telemetry do
 
   defp switch(bridge, fun) do
     name = if is_atom(bridge), do: bridge, else: bridge.name
-    GenServer.call(Config.process(name, :telemetry), {:switch, fun})
+    GenServer.call(Config.process(name, :telemetry), {:switch, fun}, :infinity)
   end
 
   # -- emitting ----------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ defmodule Bridge.Telemetry do
   """
   @spec live(boolean(), keyword()) :: :ok
   def live(wanted?, opts \\ []) when is_boolean(wanted?) do
-    GenServer.call(Config.process(Keyword.get(opts, :bridge, Bridge), :telemetry), {:live, wanted?})
+    GenServer.call(Config.process(Keyword.get(opts, :bridge, Bridge), :telemetry), {:live, wanted?}, :infinity)
   end
 
   # -- for the engine ----------------------------------------------------------------------------------

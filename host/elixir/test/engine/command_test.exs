@@ -203,7 +203,7 @@ defmodule Bridge.CommandTest do
     send(tool, {:return, 3})
     assert Task.await(first, 60_000) == {:ok, 3}
     send(second.pid, :look)
-    assert {{:error, %Error{name: :deadline_exceeded}}, {:messages, []}} = Task.await(second)
+    assert {{:error, %Error{name: :deadline_exceeded}}, {:messages, []}} = Task.await(second, 60_000)
     assert {:messages, []} = Process.info(self(), :messages)
   end
 

@@ -149,7 +149,7 @@ defmodule Bridge.KernelTest do
 
     for wanted <- [3, 1, 2] do
       callers = for _ <- 1..16, do: Task.async(fn -> Bridge.scale(wanted, bridge: bridge) end)
-      assert Enum.uniq(Task.await_many(callers)) == [:ok]
+      assert Enum.uniq(Task.await_many(callers, 60_000)) == [:ok]
       assert length(Kernels.pids(cfg)) == wanted
     end
   end

@@ -310,7 +310,7 @@ defmodule Bridge.PoolTest do
     assert Task.yield(closing, 0) == nil
     assert Pool.close(cfg, 10) == :timeout
     send(running, {:checkin, :ok})
-    assert Task.await(closing) == :ok
+    assert Task.await(closing, 60_000) == :ok
     assert Pool.close(cfg, 10) == :ok
   end
 
@@ -322,7 +322,7 @@ defmodule Bridge.PoolTest do
     closing = Task.async(fn -> Pool.close(cfg, :infinity) end)
     assert_until(fn -> status(cfg).closed end)
     Process.exit(running, :kill)
-    assert Task.await(closing) == :ok
+    assert Task.await(closing, 60_000) == :ok
   end
 
   test "without a pool every question is answered that the host is closed" do

@@ -543,7 +543,7 @@ defmodule Bridge.Store.DurableTest do
     :erlang.trace(pid, true, [:call])
     :erlang.trace_pattern({:prim_file, :datasync, 1}, true, [])
     :erlang.resume_process(pid)
-    assert writers |> Task.await_many() |> Enum.uniq() == [1]
+    assert writers |> Task.await_many(60_000) |> Enum.uniq() == [1]
     :erlang.trace_pattern({:prim_file, :datasync, 1}, false, [])
 
     syncs =

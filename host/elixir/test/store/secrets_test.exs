@@ -181,7 +181,7 @@ defmodule Bridge.SecretsTest do
       end
 
       :ok = Secrets.put("demo", "KEY", "end", on)
-      assert Task.await(asking) == ["end"]
+      assert Task.await(asking, 60_000) == ["end"]
     end
 
     @tag :durable

@@ -183,7 +183,7 @@ defmodule Bridge.SessionStoreTest do
           Task.async(fn -> for _ <- 1..50, do: map_size(Staged.fetch_many(Staged.new(), cfg, id, ["v1", "v50"])) end)
 
         :ok = SessionStore.delete_session(id, on)
-        assert reader |> Task.await() |> Enum.uniq() |> Enum.all?(&(&1 in [0, 2]))
+        assert reader |> Task.await(60_000) |> Enum.uniq() |> Enum.all?(&(&1 in [0, 2]))
       end
     end
   end

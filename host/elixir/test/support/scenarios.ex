@@ -762,11 +762,11 @@ defmodule Bridge.TestScenarios.Board do
   def start_link(effects), do: GenServer.start_link(__MODULE__, effects)
 
   @spec open(pid(), String.t()) :: :ok
-  def open(board, gate), do: GenServer.call(board, {:open, gate})
+  def open(board, gate), do: GenServer.call(board, {:open, gate}, :infinity)
 
   @doc "Opens all that somebody waits for."
   @spec open_all(pid()) :: :ok
-  def open_all(board), do: GenServer.call(board, :open_all)
+  def open_all(board), do: GenServer.call(board, :open_all, :infinity)
 
   @doc "Whether the gate was opened so often before the time was over."
   @spec wait(pid(), String.t(), pos_integer(), pos_integer()) :: boolean()
@@ -777,13 +777,13 @@ defmodule Bridge.TestScenarios.Board do
   def ran(board, effect), do: GenServer.call(board, {:ran, effect}, :infinity)
 
   @spec effects(pid()) :: [map()]
-  def effects(board), do: GenServer.call(board, :effects)
+  def effects(board), do: GenServer.call(board, :effects, :infinity)
 
   @spec problem(pid(), String.t()) :: :ok
-  def problem(board, text), do: GenServer.call(board, {:problem, text})
+  def problem(board, text), do: GenServer.call(board, {:problem, text}, :infinity)
 
   @spec problems(pid()) :: [String.t()]
-  def problems(board), do: GenServer.call(board, :problems)
+  def problems(board), do: GenServer.call(board, :problems, :infinity)
 
   @impl true
   def init(effects), do: {:ok, %{effects: effects, opened: %{}, waiting: %{}, problems: []}}

@@ -705,6 +705,26 @@ def test_everything_a_session_owns_is_there_again_when_the_store_is_opened_again
 # -- secrets -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": 3},
+        {"model": None},
+        {"model": "m", "api_base": 5},
+        {"model": "m", "adapter": 7},
+        {"model": "m", "api_key": b"k"},
+    ],
+)
+def test_a_language_model_that_is_none_is_refused_before_it_is_written(given: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "lm.db"
+    with Host(kernels=0, store=path) as host:
+        with pytest.raises(TypeError, match="is a text, not a"):
+            host.session("s").lm(**given)
+        host.session("s")["kept"] = 1
+    with Host(kernels=0, store=path) as host:
+        assert host.session("s")["kept"] == 1
+
+
 def test_a_secret_reaches_only_the_command_that_names_it(working: Host, tmp_path: Path) -> None:
     session = working.session("s")
     session.secrets["API_KEY"] = "sk-very-secret-123"

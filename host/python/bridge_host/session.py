@@ -326,6 +326,10 @@ class SessionBase:
 
         The key is kept as a secret: sent with the commands that need it, and in no repr, telemetry or error.
         """
+        given: dict[str, object] = {"model": model, "api_base": api_base, "adapter": adapter, "api_key": api_key}
+        for what, text in given.items():
+            if not isinstance(text, str) and (text is not None or what == "model"):
+                raise TypeError(f"{what} is a text, not a {type(text).__name__}")
         writer = ValueWriter()
         written = {name: writer.write(value, f"lm.{name}") for name, value in options.items()}
         if writer.buffers:

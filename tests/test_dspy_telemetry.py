@@ -662,10 +662,12 @@ def test_cancelling_an_optimizer_stops_it_at_its_next_call_also_in_its_threads(s
         future.cancel()
         with pytest.raises(CancelledError):
             future.result(30)
+        # Until the kernel has heard of it, what waits for a thread is still wanted.
+        told = ("bridge", "execution", "exception")
+        eventually(lambda: any(e.name == told for e in session.telemetry.events()), "the kernel has cancelled it")
         release.set()
         eventually(lambda: session.call("threads") == [], "the evaluation's threads have ended", 30)
-    # Two were asked when it was cancelled, and some more may have been before the kernel knew of it; all would be 24.
-    assert len(lm.requests) < 12, "what waited for a thread asked no model any more"
+    assert len(lm.requests) <= 3, "what waited for a thread asked no model any more"
 
 
 # -- what is captured, and what never is -----------------------------------------------------

@@ -436,7 +436,7 @@ def test_5_kernels_and_their_children_end_within_five_seconds_of_a_host_that_is_
         try:
             assert not any(map(gone, pids))
             script.process.kill()
-            eventually(lambda: all(map(gone, pids)), "nothing of the host's is left", seconds=30)
+            eventually(lambda: all(map(gone, pids)), "nothing of the host's is left", seconds=5)
         finally:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -466,7 +466,7 @@ def test_5_a_host_that_is_closed_while_it_starts_a_kernel_leaves_no_process(monk
         host.close()
     try:
         assert len(launched) == 2
-        eventually(lambda: all(map(gone, launched)), "no process is left", seconds=30)
+        eventually(lambda: all(map(gone, launched)), "no process is left", seconds=5)
     finally:
         for pid in launched:
             with contextlib.suppress(ProcessLookupError):

@@ -134,7 +134,9 @@ defmodule Bridge.Store.FilesTest do
     there = for path <- Path.wildcard(directory <> "/store/*"), {:ok, stat} <- [File.stat(path)], do: {path, stat.mode}
     assert for({path, mode} <- there, Bitwise.band(mode, 0o777) != 0o600, do: path) == []
     names = for {path, _mode} <- there, do: Path.basename(path)
-    for kind <- ~w(log. owner secrets.key snapshot.), do: assert(Enum.any?(names, &String.starts_with?(&1, kind)), kind)
+    kinds = ["log.", "owner", "secrets.key", "snapshot."]
+    for kind <- kinds, do: assert(Enum.any?(names, &String.starts_with?(&1, kind)), kind)
+    assert Enum.reject(names, &String.starts_with?(&1, kinds)) == []
     {:os_pid, pid} = Port.info(port, :os_pid)
     {_, 0} = System.cmd("kill", ["-9", "#{pid}"])
     assert_receive {^port, {:exit_status, _killed}}, 60_000
